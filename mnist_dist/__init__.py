@@ -1,0 +1,1 @@
+"""A distributed training job for two classic MNIST networks, built on Accelerate."""
