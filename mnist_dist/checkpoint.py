@@ -1,0 +1,225 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is a folder `step-00001875` with `model.safetensors` (the weights that evaluation uses), `training.pt`
+(what training goes on with) and `manifest.json` (size and sha256 of both). It is written into a temporary folder,
+synced to the disk and renamed into place in one step, so a crash at any moment leaves either the whole of it or
+nothing that `newest` would take. A damaged one is renamed aside, never deleted, and the one before it is used.
+
+Only rank 0 comes here. Nothing from a file is ever run: safetensors, and torch.load with weights_only=True.
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from mnist_dist.errors import RequestError, RunError
+
+MODEL, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
+_PREFIX, _TEMPORARY = "step-", ".tmp-"
+_MAX_FILE_BYTES = 1 << 30  # a thousand times what these networks need: never read a wrong file into memory
+
+Say = Callable[[str], None]
+
+
+class DamagedError(Exception):
+    """The folder is not a whole checkpoint; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The verified content of a checkpoint."""
+
+    path: Path
+    step: int
+    model: bytes
+    training: bytes
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that evaluation uses. Raises RequestError where they are no safetensors."""
+        return parse_weights(self.model, self.path / MODEL)
+
+
+def parse_weights(data: bytes, origin: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file's bytes. Raises RequestError."""
+    try:
+        return load_safetensors(data)
+    except SafetensorError as error:
+        raise RequestError(f"{origin} is not a safetensors file: {error}") from None
+
+
+def parse_training(data: bytes, origin: Path) -> dict[str, Any]:
+    """What `save` was given as `training`. Raises RequestError, and runs no code from the file."""
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise RequestError(f"{origin} is refused: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict):
+        raise RequestError(f"{origin} is refused: it holds no training state")
+    return state
+
+
+def save(folder: Path, step: int, weights: dict[str, Tensor], training: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of `step`, then prune down to the `keep` newest. Raises OSError; then nothing has changed.
+
+    Returns the checkpoint's folder. Where that step already has a whole checkpoint it stays as it is.
+    """
+    path = folder / f"{_PREFIX}{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        try:
+            read(path)
+            return path
+        except DamagedError:
+            _set_aside(path)
+    buffer = io.BytesIO()
+    torch.save(training, buffer)
+    contents = {
+        MODEL: save_safetensors({k: v.detach().cpu().contiguous() for k, v in weights.items()}),
+        TRAINING: buffer.getvalue(),
+    }
+    files = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in contents.items()}
+    contents[MANIFEST] = (json.dumps({"format": 1, "step": step, "files": files}, indent=2) + "\n").encode()
+
+    sweep(folder)
+    temporary = folder / f"{_TEMPORARY}{path.name}"
+    temporary.mkdir()
+    try:
+        for name, data in contents.items():
+            _write_synced(temporary / name, data)
+        _sync_folder(temporary)
+        temporary.rename(path)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(folder)
+    for old in _steps(folder)[keep:]:
+        # Under a temporary name first: a crash inside rmtree must not leave half a checkpoint under a good name.
+        doomed = folder / f"{_TEMPORARY}{old.name}"
+        old.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return path
+
+
+def newest(folder: Path, say: Say) -> Checkpoint | None:
+    """The newest whole checkpoint of a run; damaged ones are named, renamed aside and passed over."""
+    for path in _steps(folder):
+        try:
+            return read(path)
+        except DamagedError as error:
+            aside = _set_aside(path)
+            say(f"WARNING: checkpoint {path.name} is damaged ({error}); it was set aside as {aside.name}")
+    return None
+
+
+def find(path: Path, say: Say) -> Checkpoint:
+    """The checkpoint that a user names: a checkpoint's folder, or a run's, whose newest is taken. Nothing is changed.
+
+    Raises RequestError.
+    """
+    candidates = [path] if (path / MANIFEST).exists() else _steps(path / "checkpoints")
+    for candidate in candidates:
+        try:
+            return read(candidate)
+        except DamagedError as error:
+            say(f"WARNING: checkpoint {candidate} is damaged ({error}); it is passed over")
+    raise RequestError(f"there is no whole checkpoint in {path}; give a run's folder or one checkpoint's")
+
+
+def read(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint. Raises DamagedError."""
+    try:
+        manifest = json.loads(_read_regular(path / MANIFEST))
+        step, files = manifest["step"], manifest["files"]
+        recorded = {name: (files[name]["bytes"], files[name]["sha256"]) for name in (MODEL, TRAINING)}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise DamagedError(f"{MANIFEST} is not what was written") from None
+    if path.name != f"{_PREFIX}{step:08d}" if isinstance(step, int) else True:
+        raise DamagedError(f"{MANIFEST} is of another step")
+    data = {}
+    for name, (num_bytes, sha256) in recorded.items():
+        data[name] = _read_regular(path / name)
+        if len(data[name]) != num_bytes or _sha256(data[name]) != sha256:
+            raise DamagedError(f"{name} is not what was written")
+    return Checkpoint(path, step, data[MODEL], data[TRAINING])
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before training, not at the first save, that nothing can be written here. Raises RunError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"{_TEMPORARY}probe"
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror}; choose another run_dir") from None
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a crash left half-written."""
+    for stale in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints' folders, newest first."""
+    found = [p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdecimal()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(_PREFIX)), reverse=True)
+
+
+def _set_aside(path: Path) -> Path:
+    number = 0
+    while (aside := path.with_name(f"damaged-{path.name}" + (f"-{number}" if number else ""))).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+def _read_regular(path: Path) -> bytes:
+    try:
+        if not path.is_file() or path.is_symlink():
+            raise DamagedError(f"{path.name} is missing" if not path.exists() else f"{path.name} is no plain file")
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise DamagedError(f"{path.name} is far too large")
+        return path.read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{path.name} cannot be read: {error.strerror}") from None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

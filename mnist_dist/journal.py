@@ -1,0 +1,107 @@
+"""The run directory's record: the console, console.log, metrics.jsonl and the trackers.
+
+Rank 0 has a Journal; the other ranks have none and stay silent. On a terminal the console shows a live bar and a
+table row per epoch; elsewhere one plain line every few seconds, without control characters. Either way metrics.jsonl
+has every figure: one JSON object a line, `event` first, floats in full precision.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 5.0  # seconds between progress lines in a log file
+
+
+class Journal:
+    """Writes what happened. Raises OSError when the run directory can't take it."""
+
+    def __init__(self, run_dir: Path, track: Callable[[dict[str, Any], int], None] | None = None) -> None:
+        self.run_dir = run_dir
+        self.track = track
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._metrics = _open_lines(run_dir / "metrics.jsonl")
+        self._log = _open_lines(run_dir / "console.log")
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._line_s = time.monotonic()
+        self._has_header = False
+
+    def say(self, text: str) -> None:
+        """One line for a person, to the console and console.log."""
+        self.console.print(text, markup=False)
+        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.flush()
+
+    def record(self, event: str, **figures: Any) -> None:
+        """One object of metrics.jsonl; numbers of steps and evaluations go to the trackers too."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+        self._metrics.write(json.dumps({"event": event, **finite}, allow_nan=False) + "\n")
+        self._metrics.flush()
+        if self.track and event in ("step", "eval"):
+            prefix = figures.get("split", "train")
+            numbers = {f"{prefix}/{k}": v for k, v in figures.items() if isinstance(v, float)}
+            self.track(numbers, figures["step"])
+
+    def start_progress(self, total_steps: int, step: int) -> None:
+        """Show a bar from now on, if this is a terminal."""
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._task = self._bar.add_task("training", total=total_steps, completed=step)
+            self._bar.start()
+
+    def progress(
+        self, epoch: int, num_epochs: int, step: int, total_steps: int, loss: float, images_per_s: float
+    ) -> None:
+        """Where training stands: moves the bar, or prints a line if the last one is some seconds old."""
+        figures = f"loss {loss:.4f}  {images_per_s:,.0f} images/s"
+        if self._bar:
+            text = f"epoch {epoch + 1}/{num_epochs}  {figures}"
+            self._bar.update(self._task, completed=step, description=text)
+        elif time.monotonic() - self._line_s >= LINE_EVERY_S:
+            self._line_s = time.monotonic()
+            self.say(f"epoch {epoch + 1}/{num_epochs}  step {step}/{total_steps}  {figures}")
+
+    def epoch(self, epoch: int, step: int, loss: float, split: str, evaluation: Any, seconds: float) -> None:
+        """A row of the table of epochs."""
+        if not self._has_header:
+            self._has_header = True
+            self.say(
+                f"{'epoch':>5} {'step':>8} {'train loss':>11} {split + ' loss':>15} {split + ' accuracy':>19} {'s':>8}"
+            )
+        accuracy = f"{100 * evaluation.accuracy:.2f} %"
+        self.say(f"{epoch + 1:>5} {step:>8} {loss:>11.4f} {evaluation.loss:>15.4f} {accuracy:>19} {seconds:>8.1f}")
+
+    def stop_progress(self) -> None:
+        """Take the bar down, if there is one."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+def _open_lines(path: Path) -> TextIO:
+    """Open a file of lines to append to; a last line that a crash cut short is ended, so the next stands alone."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+    return path.open("a", encoding="utf-8")
+
+
+def warn(text: str) -> None:
+    """One line on the standard error stream, for what comes before there is a run directory."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,117 @@
+"""The run directory: chosen, locked and described by rank 0, the only one that writes there.
+
+runs/NAME/
+  config.yaml  versions.json      what ran, on what
+  metrics.jsonl  console.log      every figure; what the console said
+  checkpoints/step-00001875/      model.safetensors  training.pt  manifest.json
+  lock                            who runs here now: host and pid
+  STOP                            touch it, and the run stops cleanly
+  DONE                            it finished; starting it again is a no-op that says so
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from mnist_dist.errors import RequestError, RunError
+
+RUNS = Path("runs")
+
+
+def create(recipe: str) -> Path:
+    """A new directory runs/RECIPE-YYYYMMDD-HHMMSS, with runs/latest pointing to it. Raises RunError."""
+    stem = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 1
+    try:
+        while True:
+            path = RUNS / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+        link = RUNS / f".latest-{os.getpid()}"
+        link.symlink_to(path.name)
+        link.replace(RUNS / "latest")
+    except OSError as error:
+        raise RunError(f"no run directory can be made in {RUNS.absolute()}: {error.strerror}; give run_dir=") from None
+    return path
+
+
+class Lock:
+    """One run at a time in a run directory. The lock dies with its owner, whatever kills it, and works on NFS."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Raises RequestError where another process runs here, RunError where nothing can be written."""
+        self._file: TextIO
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._file = (run_dir / "lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"run_dir={run_dir} cannot be written: {error.strerror}; choose another") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.seek(0)
+            owner = self._file.read(200).strip() or "another process"
+            self._file.close()
+            if isinstance(error, BlockingIOError):
+                raise RequestError(f"run_dir={run_dir} is in use by {owner}; stop that run or choose another") from None
+            raise RunError(f"run_dir={run_dir} cannot be locked: {error.strerror}; choose another") from None
+        self._file.truncate(0)
+        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let the next run in."""
+        self._file.close()
+
+
+def done_step(run_dir: Path) -> int | None:
+    """The step at which the run finished, or None."""
+    try:
+        return int(json.loads((run_dir / "DONE").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file in one step, synced to the disk. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """The same for an object of JSON. Raises OSError."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def versions() -> dict[str, Any]:
+    """What runs: Python, the libraries, the commit. Never the environment."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for package in ("mnist-dist", "torch", "torchvision", "accelerate", "numpy", "pydantic", "safetensors"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    source = Path(__file__).parent
+    try:
+        git = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        found["commit"] = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        found["commit"] = None
+    return found
