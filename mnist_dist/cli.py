@@ -1,0 +1,118 @@
+"""The verbs, their arguments, and what becomes of what goes wrong: one sentence and an exit code.
+
+0 finished, 1 it went wrong, 2 the request is wrong, 3 stopped on request and resumable. torch is imported only by a
+verb that needs it, so `--help` and a refusal come at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mnist_dist import stop
+from mnist_dist.config import check_keys, describe_keys, load, parse_overrides
+from mnist_dist.errors import RequestError, RunError
+from mnist_dist.launcher import check_batch, check_launcher, launched_world_size
+
+KEYS = "configuration keys, with their defaults:\n" + describe_keys()
+EXAMPLES = """\
+examples:
+  accelerate launch train.py                                     the CNN, on every GPU here, or on the CPU
+  accelerate launch train.py configs/mlp.yaml lr=2e-3 epochs=3   another recipe, two keys changed
+  mnist-dist evaluate runs/latest
+  mnist-dist fetch dataset=fashion-mnist data_dir=/shared/data
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise RequestError(f"{message}; {self.prog} --help shows what there is")
+
+
+def _parser() -> argparse.ArgumentParser:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="mnist-dist", description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=plain)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    text = "train a network"
+    train = verbs.add_parser(
+        "train", help=text, description=text, epilog=f"{KEYS}\n\n{EXAMPLES}", formatter_class=plain
+    )
+    train.add_argument(
+        "arguments", nargs="*", metavar="[CONFIG.yaml] [key=value ...]", help="what differs from the defaults"
+    )
+    train.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the plan, and stop")
+    train.add_argument("--check", action="store_true", help="only check the arguments: exit code 0 or 2, at once")
+    text = "exact loss, accuracy and confusion matrix of a run, a checkpoint or a model.safetensors"
+    evaluate = verbs.add_parser("evaluate", help=text, description=text)
+    evaluate.add_argument(
+        "path", metavar="RUN", type=Path, help="a run's folder, a checkpoint's, or a .safetensors file"
+    )
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="dataset, data_dir, mirror, missing, validation, threads",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    text = "bring a dataset to this machine, so that training needs no network"
+    fetch = verbs.add_parser("fetch", help=text, description=text)
+    fetch.add_argument("overrides", nargs="*", metavar="key=value", help="dataset, data_dir, mirror")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb and return its exit code."""
+    try:
+        return _run(_parser().parse_args(arguments))
+    except RequestError as error:
+        _complain(error)
+        return 2
+    except RunError as error:
+        _complain(error)
+        return 1
+    except BrokenPipeError:  # the reader of the output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _complain(error: Exception) -> None:
+    print(f"mnist-dist: {error}", file=sys.stderr, flush=True)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.verb == "fetch":
+        check_keys(options.overrides, ("dataset", "data_dir", "mirror"))
+        config, _ = load(options.overrides)
+        from mnist_dist.fetch import dataset_file, fetch
+
+        name = fetch(config.dataset, config.data_dir, mirror=config.mirror)
+        print(f"{name} is in {dataset_file(name, config.data_dir)}")
+        return 0
+    if options.verb == "evaluate":
+        check_keys(options.overrides, ("dataset", "data_dir", "mirror", "missing", "validation", "threads"))
+        overrides = parse_overrides(options.overrides)
+        from mnist_dist.report import report
+
+        report(options.path, overrides, as_json=options.json)
+        return 0
+    stop.install()
+    try:
+        config, recipe = load(options.arguments)
+        world_size = launched_world_size(os.environ)
+        check_batch(config.batch_size, world_size)
+        check_launcher(os.environ)
+    except RequestError:
+        if os.environ.get("RANK", "0") != "0":
+            return 2  # every rank finds the same; rank 0 says it
+        raise
+    if options.check:
+        return 0
+    from mnist_dist.train import STOPPED, plan, train
+
+    if options.dry_run:
+        print(plan(config, world_size), end="")
+        return 0
+    code = train(config, recipe)
+    # A launcher takes 3 for a failure and would start the rank again; launch scripts ask for 0 and look themselves.
+    return int(os.environ.get("MNIST_DIST_EXIT_CODE_WHEN_STOPPED", code)) if code == STOPPED else code

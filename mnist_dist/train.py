@@ -1,0 +1,253 @@
+"""The verb `train`: everything around the loop, in the order in which it happens.
+
+Every rank comes through here. Rank 0 alone touches the run directory; what it finds there the others hear from it.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+
+from mnist_dist import checkpoint, rundir
+from mnist_dist.config import IDENTITY, Config
+from mnist_dist.data import Dataset, load_dataset
+from mnist_dist.errors import RequestError, RunError
+from mnist_dist.fetch import fetch
+from mnist_dist.journal import Journal, warn
+from mnist_dist.models import build_model, num_parameters
+from mnist_dist.trainer import Trainer
+from mnist_dist.world import World, join, leave
+
+STOPPED = 3  # the exit code of a run that stopped on request and can go on
+
+
+def train(config: Config, recipe: str) -> int:
+    """Train, and return the exit code: 0 finished, STOPPED on request. Raises RequestError and RunError."""
+    _check_trackers(config)
+    # One rank of each machine fetches, under a lock in case machines share the folder, and before the ranks join:
+    # so no time-out of a collective hangs over a slow download.
+    fetched = None
+    if int(os.environ.get("LOCAL_RANK") or 0) == 0:
+        fetched = fetch(config.dataset, config.data_dir, mirror=config.mirror, missing=config.missing, say=warn)
+    world = join(config)  # collective
+    try:
+        return _train(config, recipe, world, fetched)
+    finally:
+        leave()
+
+
+def _train(config: Config, recipe: str, world: World, fetched: str | None) -> int:
+    dataset = _load_dataset(config, world, fetched)  # collective
+    run = world.together(lambda: _open_run(config, recipe) if world.is_main else None)  # collective
+    journal = run.journal if run else None
+    run_dir, saved = world.broadcast((run.run_dir, run.saved) if run else None)  # collective
+
+    trainer = Trainer(config, world, dataset, run_dir, journal)
+    if saved:
+        world.together(lambda: _resume(config, dataset, trainer, saved))  # collective
+    done = rundir.done_step(run_dir) if run else None
+    if world.broadcast(done is not None and done >= trainer.total_steps):  # collective
+        if journal:
+            journal.say(f"{run_dir} is finished (step {done}); nothing to do")
+        return 0
+    trainer.prepare()  # collective
+    if journal:
+        _describe(config, world, dataset, trainer, journal, resumed=bool(saved))
+    _start_trackers(config, world, run_dir, journal)  # collective
+
+    try:
+        stopped_by = trainer.train()  # collective
+        if journal and not stopped_by:
+            _finish(config, trainer, journal)
+    except RunError as error:
+        if journal:
+            journal.record("failed", step=trainer.state.step, reason=str(error))
+        raise
+    finally:
+        if journal:
+            journal.stop_progress()
+    if config.log_with:
+        world.accelerator.end_training()  # collective
+    if not stopped_by:
+        return 0
+    if journal:
+        journal.record("stop", step=trainer.state.step, reason=stopped_by)
+        (run_dir / "STOP").unlink(missing_ok=True)
+        journal.say(
+            f"stopped at step {trainer.state.step} of {trainer.total_steps} by {stopped_by}; "
+            f"to go on, start it again with run_dir={run_dir}"
+        )
+    return STOPPED
+
+
+def _load_dataset(config: Config, world: World, fetched: str | None) -> Dataset:
+    """The dataset, the same one on every rank. Collective."""
+    hosts = [member.host for member in world.members]
+    names = world.gather(fetched)  # collective
+    name = next(n for n, host in zip(names, hosts, strict=True) if n and host == hosts[world.rank])
+    dataset = world.together(lambda: load_dataset(name, config.data_dir, config.validation))  # collective
+    found = world.gather(f"{dataset.name} {dataset.fingerprint[:12]}")  # collective
+    odd = next((rank for rank, other in enumerate(found) if other != found[0]), None)
+    if odd is not None:
+        if not world.is_main:
+            raise SystemExit(2)
+        raise RequestError(
+            f"rank {odd} on {hosts[odd]} has {found[odd]} in data_dir={config.data_dir} and rank 0 on {hosts[0]} has "
+            f"{found[0]}; run `mnist-dist fetch` on both machines, or give a data_dir that they share"
+        )
+    return dataset
+
+
+@dataclass
+class Run:
+    """What rank 0 holds open while it trains."""
+
+    run_dir: Path
+    lock: rundir.Lock
+    journal: Journal
+    saved: bytes | None  # the training state to go on with
+
+
+def _open_run(config: Config, recipe: str) -> Run:
+    run_dir = config.run_dir or rundir.create(recipe)
+    lock = rundir.Lock(run_dir)
+    journal = Journal(run_dir)
+    checkpoints = run_dir / "checkpoints"
+    checkpoint.check_writable(checkpoints)
+    checkpoint.sweep(checkpoints)
+    found = checkpoint.newest(checkpoints, journal.say)
+    if found and config.resume == "never":
+        raise RequestError(f"resume=never, but run_dir={run_dir} has checkpoints; give another run_dir")
+    if not found and config.resume not in ("auto", "never"):
+        found = checkpoint.find(Path(config.resume), journal.say)
+    if found:
+        journal.say(f"going on from {found.path}")
+    return Run(run_dir, lock, journal, found.training if found else None)
+
+
+def _resume(config: Config, dataset: Dataset, trainer: Trainer, saved: bytes) -> None:
+    """Put a checkpoint's state into the trainer, unless it is another run's."""
+    state = checkpoint.parse_training(saved, Path(checkpoint.TRAINING))
+    before = dict(state.get("config", {}))
+    now = config.model_dump(mode="json")
+    before_data, data = state.get("dataset", {}), {"name": dataset.name, "fingerprint": dataset.fingerprint}
+    before["dataset"], now["dataset"] = before_data.get("name"), dataset.name
+    for key in IDENTITY:
+        if before.get(key) != now[key]:
+            raise RequestError(
+                f"the checkpoint is of a run with {key}={before.get(key)}, not {key}={now[key]}; give that, or another "
+                "run_dir"
+            )
+    if before_data != data:
+        raise RequestError(f"the checkpoint was trained on other images that are called {dataset.name} too")
+    trainer.load_state_dict(state)
+    ignored = ("dataset", "data_dir", "run_dir", "resume", "mirror", "missing")
+    changed = [f"{key}={before.get(key)} is now {now[key]}" for key in now if before.get(key) != now[key]]
+    if trainer.journal:
+        for line in (line for line in changed if not line.startswith(ignored)):
+            trainer.journal.say(f"changed since the checkpoint: {line}")
+
+
+def _describe(
+    config: Config, world: World, dataset: Dataset, trainer: Trainer, journal: Journal, *, resumed: bool
+) -> None:
+    """Say and record what is about to run, on what."""
+    run_dir = trainer.run_dir
+    (run_dir / "DONE").unlink(missing_ok=True)  # more steps are asked for than it had
+    rundir.write_atomically(run_dir / "config.yaml", config.to_yaml())
+    facts = {
+        **rundir.versions(),
+        "world_size": world.size,
+        "hosts": sorted({member.host for member in world.members}),
+        "device": world.members[0].device,
+        "precision": world.precision,
+        "threads": torch.get_num_threads(),
+        "dataset": dataset.name,
+        "images": len(dataset.train.labels),
+        "total_steps": trainer.total_steps,
+    }
+    rundir.write_json(run_dir / "versions.json", facts)
+    step = trainer.state.step
+    journal.record("resume" if resumed else "start", step=step, **facts)
+    for note in world.notes:
+        journal.say(f"note: {note}")
+    if dataset.name != config.dataset:
+        journal.say(f"WARNING: training on DRAWN DIGITS, not on {config.dataset}, which could not be fetched")
+    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks"
+    where = world.members[0].device
+    if where == "cpu":
+        threads = torch.get_num_threads()
+        where += f", {threads} thread{'s' * (threads > 1)}{' each' * (world.size > 1)}"
+    journal.say(
+        f"{config.model} ({num_parameters(trainer.network):,} parameters) on {dataset.name} "
+        f"({len(dataset.train.labels):,} images), {ranks} on {where}, precision {world.precision}"
+    )
+    journal.say(
+        f"{'going on at' if resumed else 'training from'} step {step} to {trainer.total_steps}, global batch "
+        f"{config.batch_size}, seed {config.seed}, in {run_dir}"
+    )
+    journal.start_progress(trainer.total_steps, step)
+
+
+def _finish(config: Config, trainer: Trainer, journal: Journal) -> None:
+    """The last figures, and DONE."""
+    state, run_dir = trainer.state, trainer.run_dir
+    # A run that was killed between its last checkpoint and DONE comes here without having evaluated.
+    evaluation = trainer.evaluation or trainer.evaluate_on(trainer.held_out)
+    journal.stop_progress()
+    if config.evaluate_train:
+        on_train = trainer.evaluate_on(trainer.train_split)
+        journal.record("eval", step=state.step, epoch=config.epochs - 1, split="train", **on_train.record())
+        journal.say(f"train accuracy {100 * on_train.accuracy:.2f} % ({on_train.correct:,} of {on_train.count:,})")
+    done = {"step": state.step, "seconds": state.seconds, "accuracy": evaluation.accuracy}
+    journal.record("done", **done)
+    rundir.write_json(run_dir / "DONE", done)
+    (run_dir / "STOP").unlink(missing_ok=True)
+    journal.say(
+        f"{trainer.dataset.held_out_name} accuracy {100 * evaluation.accuracy:.2f} % ({evaluation.correct:,} of "
+        f"{evaluation.count:,}) after {state.step} steps, {state.seconds:.1f} s of training; "
+        f"weights in {trainer.last_good}/{checkpoint.MODEL}"
+    )
+
+
+def _check_trackers(config: Config) -> None:
+    for name in config.log_with:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise RequestError(f"log_with={name} is no tracker; Accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}")
+
+
+def _start_trackers(config: Config, world: World, run_dir: Path, journal: Journal | None) -> None:
+    """Start Accelerate's trackers, which write on rank 0 only. Collective."""
+    if not config.log_with:
+        return
+    accelerator = world.accelerator
+    accelerator.project_configuration.set_directories(str(run_dir))
+
+    def start() -> None:
+        accelerator.log_with = filter_trackers(list(config.log_with), str(run_dir))
+        if len(accelerator.log_with) != len(config.log_with):
+            raise RequestError(
+                f"a tracker of log_with={list(config.log_with)} is not installed; `pip install mnist-dist[tracking]` "
+                "brings tensorboard"
+            )
+
+    world.together(start)  # collective
+    settings = {k: v if isinstance(v, int | float) else str(v) for k, v in config.model_dump(mode="json").items()}
+    accelerator.init_trackers("tracking", config=settings)  # collective
+    if journal:
+        journal.track = lambda numbers, step: accelerator.log(numbers, step=step)
+
+
+def plan(config: Config, world_size: int) -> str:
+    """What a start with this configuration would do, for `--dry-run`. Joins nobody, fetches and writes nothing."""
+    lines = [
+        f"world size: {world_size}",
+        f"images a rank takes per step: {config.batch_size // world_size}",
+        f"parameters: {num_parameters(build_model(config.model, config.seed)):,}",
+    ]
+    num_images = {"emnist-digits": 240_000}.get(config.dataset, 60_000) - config.validation
+    steps = config.epochs * -(-num_images // config.batch_size)
+    lines.append(f"steps: {min(steps, config.max_steps or steps):,} on {num_images:,} images")
+    return config.to_yaml() + "".join(f"# {line}\n" for line in lines)

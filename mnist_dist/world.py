@@ -1,0 +1,240 @@
+"""Joins the ranks of a job into one world, and refuses to go on where they are not one.
+
+What launchers get wrong without a word is caught here: several processes that each believe to be alone, one process
+where several were asked for, ranks without a GPU of their own, thread counts of one. `join` returns the Accelerator;
+precision comes from the configuration alone.
+"""
+
+import datetime
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    TorchDynamoPlugin,
+)
+
+from mnist_dist.config import Config
+from mnist_dist.errors import RequestError, RunError
+from mnist_dist.launcher import launched_world_size, overridden
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One rank as the others see it."""
+
+    host: str
+    cores: tuple[int, ...]  # the CPU cores that it may use
+    has_bf16: bool  # multiplies bf16 natively
+    device: str
+
+
+def _bf16_is_native(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def usable_cores() -> tuple[int, ...]:
+    """The CPU cores that this process may use, a container's quota included."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return tuple(cores[: max(1, int(quota) // int(period))])
+    except (OSError, ValueError):  # no quota ("max"), or no such file
+        return tuple(cores)
+
+
+def choose_threads(members: list[Member], rank: int) -> int:
+    """CPU threads of a rank: its cores divided by the ranks of its host that may use any of them too."""
+    me = members[rank]
+    sharing = sum(m.host == me.host and not set(m.cores).isdisjoint(me.cores) for m in members)
+    return max(1, len(me.cores) // sharing)
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this job, joined."""
+
+    accelerator: Accelerator
+    members: list[Member]
+    precision: str  # resolved: no, bf16 or fp16
+    notes: list[str]  # what differs from what was asked for, to be said on the console
+
+    @property
+    def rank(self) -> int:
+        """This process's place among all of them."""
+        return self.accelerator.process_index  # type: ignore[no-any-return]
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self.accelerator.num_processes  # type: ignore[no-any-return]
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.accelerator.device  # type: ignore[no-any-return]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. Collective."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, in the order of ranks. Collective."""
+        return _gather(value, self.size)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do work that may fail on some of the ranks; where it does, all leave and rank 0 says which and why.
+
+        Collective. Raises RequestError or RunError on rank 0, SystemExit with the same exit code on the others.
+        """
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            result = work()
+        except (RequestError, RunError) as problem:
+            error = problem
+        except OSError as problem:
+            error = RunError(f"{problem.filename or 'the run directory'}: {problem.strerror or problem}")
+        for rank, found in enumerate(self.gather(error)):  # collective
+            if found is not None:
+                if not self.is_main:
+                    raise SystemExit(2 if isinstance(found, RequestError) else 1)
+                where = f"rank {rank} on {self.members[rank].host}: " if rank else ""
+                raise type(found)(f"{where}{found}")
+        return cast(T, result)
+
+
+def _gather(value: Any, size: int) -> list[Any]:
+    if size == 1:
+        return [value]
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def join(config: Config) -> World:
+    """Join the other ranks. Collective. Raises RequestError, RunError."""
+    world_size = launched_world_size(os.environ)
+    local_rank = int(os.environ.get("LOCAL_RANK") or 0)
+    if world_size == 1:  # one rank needs no group: no DDP, no port, whichever launcher started it
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
+    use_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
+        "1",
+        "true",
+    )
+    device = torch.device("cpu")
+    if not use_cpu:
+        visible = torch.accelerator.device_count()
+        if local_rank >= visible:
+            raise RequestError(
+                f"rank {local_rank} of this machine needs a GPU of its own but the process sees {visible}; start no "
+                "more ranks than GPUs, and let each rank see all of them (under SLURM --gpus-per-node)"
+            )
+        accelerator_type = torch.accelerator.current_accelerator()
+        device = torch.device(accelerator_type.type if accelerator_type else "cuda", local_rank)
+        torch.accelerator.set_device_index(local_rank)
+    if world_size > 1:
+        _init_process_group(device, config.timeout_s)
+
+    me = Member(socket.gethostname(), usable_cores(), _bf16_is_native(device), _device_name(device))
+    members = _gather(me, world_size)
+    rank = dist.get_rank() if world_size > 1 else 0
+    if len({m.device.split(":")[0] for m in members}) > 1:
+        raise RequestError(f"some ranks have a GPU and others none: {', '.join(m.device for m in members)}")
+    if use_cpu:
+        # Whatever the launcher set: `accelerate launch` gives OMP_NUM_THREADS=1, one core of many.
+        torch.set_num_threads(config.threads or choose_threads(members, rank))
+    elif config.threads:
+        torch.set_num_threads(config.threads)
+
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if all(m.has_bf16 for m in members) else "no"
+    if precision == "fp16" and use_cpu:
+        raise RequestError("precision=fp16 needs a GPU (there is no gradient scaler on a CPU); use bf16, no or auto")
+    notes = overridden(os.environ, precision)
+    if precision == "bf16" and not me.has_bf16:
+        notes.append("precision=bf16 is slower than precision=no here: this hardware does not multiply bf16 natively")
+
+    # Stale launcher settings must not reach Accelerate; what they asked for was refused or noted above.
+    for name in [n for n in os.environ if n.startswith("ACCELERATE_DYNAMO_")]:
+        del os.environ[name]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS/MKL_NUM_THREADS unset.*")
+        threads = torch.get_num_threads()
+        accelerator = Accelerator(
+            cpu=use_cpu,
+            mixed_precision=precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(backend=DynamoBackend.NO),
+            log_with=list(config.log_with) or None,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+        torch.set_num_threads(threads)  # Accelerate sets it to one where the launcher left it open
+    if accelerator.num_processes != world_size:
+        raise RunError(
+            f"the launcher started {world_size} processes but Accelerate sees {accelerator.num_processes}; "
+            "they would train as separate runs"
+        )
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+        DistributedType.MULTI_XPU,
+    ):
+        raise RequestError(f"this job does not run on {accelerator.distributed_type}; it knows CPUs and GPUs with DDP")
+    return World(accelerator, members, precision, notes)
+
+
+def _init_process_group(device: torch.device, timeout_s: float) -> None:
+    # Ours, not Accelerate's: it drops a time-out that equals its default, and its CPU ranks may look for MPI.
+    # gloo beside NCCL carries what is not on the GPU (stop flags, names), without a device sync.
+    backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}.get(device.type)
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    try:
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError among them
+        raise RunError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at {address} within "
+            f"{timeout_s:g} s: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def leave() -> None:
+    """Leave the group of ranks in order, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return device.type
