@@ -108,6 +108,7 @@ def _run(options: argparse.Namespace) -> int:
         raise
     if options.check:
         return 0
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lost connections come with a C++ stack; we name the rank
     from mnist_dist.train import STOPPED, plan, train
 
     if options.dry_run:

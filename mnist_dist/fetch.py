@@ -9,7 +9,9 @@ Everything happens under a file lock and ends in an atomic rename: processes tha
 process that dies leaves nothing that a later one would trust.
 """
 
+import errno
 import hashlib
+import http.client
 import os
 import shutil
 import sys
@@ -17,8 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from torch import Tensor
 
 from mnist_dist.digits import draw_digits
-from mnist_dist.errors import RequestError
+from mnist_dist.errors import RequestError, RunError
 
 Say = Callable[[str], None]
 Archive = tuple[str, str, list[str]]  # file name, md5, addresses to try in turn
@@ -36,6 +37,7 @@ Archive = tuple[str, str, list[str]]  # file name, md5, addresses to try in turn
 NUM_ROUNDS = 3  # how often every address is tried
 STALL_S = 20.0  # seconds without a byte after which an address is given up
 _CHUNK_BYTES = 1 << 16
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FetchError(RequestError):
@@ -59,26 +61,31 @@ def fetch(
     """Make sure that the dataset lies in data_dir, and return its name.
 
     The name is another one ("synthetic") only where `missing` is "synthetic" and the dataset could not be fetched.
-    Safe to call from several processes on one file system at once. Raises RequestError.
+    Safe to call from several processes on one file system at once. Raises RequestError, and RunError where the disk
+    is full.
     """
-    if dataset_file(dataset, data_dir).exists():
-        return dataset  # without the lock, so that a folder one may only read will do
-    with _locked(data_dir, f".{dataset}.lock"):
-        if dataset_file(dataset, data_dir).exists():
-            return dataset
-        if dataset == "synthetic":
-            say("drawing 70,000 digits, once")
-            (train, test) = draw_digits(60_000, seed=0), draw_digits(10_000, seed=1)
-            write_dataset(dataset_file(dataset, data_dir), dataset, train, test)
-            return dataset
-        try:
-            _fetch_archives(dataset, data_dir, mirror, missing, say, stall_s)
-            _unpack(dataset, data_dir, say)
-            return dataset
-        except FetchError as error:
-            if missing != "synthetic":
-                raise
-            say(f"WARNING: {error}")
+    path = dataset_file(dataset, data_dir)
+    try:
+        if not path.exists():  # first without the lock, so that a folder one may only read will do
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with FileLock(data_dir / f".{dataset}.lock"):
+                if not path.exists():
+                    _bring(dataset, data_dir, mirror, missing, say, stall_s)
+        return dataset
+    except FetchError as error:
+        if missing != "synthetic":
+            raise
+        say(f"WARNING: {error}")
+    except OSError as error:
+        if error.errno in _FULL:
+            raise RunError(f"data_dir={data_dir} has no room for {dataset}: {error.strerror}") from None
+        cause = error.strerror or str(error)
+        if error.filename and Path(error.filename) != data_dir:
+            cause = f"{error.filename}: {cause}"
+        raise RequestError(
+            f"data_dir={data_dir} cannot be written ({cause}); choose a folder of your own, and "
+            f"mirror={data_dir}/MNIST/raw, say, if the dataset's archives lie there"
+        ) from None
     say(f"WARNING: no {dataset} here, so this trains on DRAWN DIGITS (dataset=synthetic); its figures are theirs")
     return fetch("synthetic", data_dir, say=say)
 
@@ -86,15 +93,17 @@ def fetch(
 def write_dataset(path: Path, name: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:
     """Write images (uint8 [n, 28, 28]) and labels (int64 [n]) of both parts as one file, atomically.
 
-    The file's metadata hold the dataset's name and a sha256 of what it holds, its fingerprint.
+    The file's metadata hold the dataset's name and a sha256 of what it holds, its fingerprint. Raises OSError.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save  # not save_file, whose errors are no OSErrors
 
     tensors = dict(zip(("train_images", "train_labels", "test_images", "test_labels"), (*train, *test), strict=True))
+    data = save(tensors, metadata={"name": name, "fingerprint": fingerprint(tensors)})
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata={"name": name, "fingerprint": fingerprint(tensors)})
-        with temporary.open("rb") as file:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
@@ -110,21 +119,19 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _locked(data_dir: Path, name: str) -> Iterator[None]:
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(data_dir / name)
-        lock.acquire()
-    except OSError as error:
-        raise RequestError(
-            f"data_dir={data_dir} cannot be written ({error.strerror or error}); choose a folder of your own, and "
-            f"mirror={data_dir}/MNIST/raw, say, if the dataset's archives lie there"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+def _bring(dataset: str, data_dir: Path, mirror: str, missing: str, say: Say, stall_s: float) -> None:
+    """Put the dataset there. The caller holds its lock."""
+    for stale in data_dir.glob(f".{dataset}.safetensors.*"):
+        stale.unlink()
+    for stale in data_dir.glob(f".{dataset}-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    if dataset == "synthetic":
+        say("drawing 70,000 digits, once")
+        (train, test) = draw_digits(60_000, seed=0), draw_digits(10_000, seed=1)
+        write_dataset(dataset_file(dataset, data_dir), dataset, train, test)
+        return
+    _fetch_archives(dataset, data_dir, mirror, missing, say, stall_s)
+    _unpack(dataset, data_dir, say)
 
 
 def _torchvision_class(dataset: str) -> tuple[Any, dict[str, str]]:
@@ -158,6 +165,8 @@ def _raw_folder(dataset: str, root: Path) -> Path:
 def _fetch_archives(dataset: str, data_dir: Path, mirror: str, missing: str, say: Say, stall_s: float) -> None:
     raw = _raw_folder(dataset, data_dir)
     raw.mkdir(parents=True, exist_ok=True)
+    for stale in raw.glob(".*.part-*"):  # of a process that died in here
+        stale.unlink()
     for name, md5, addresses in _archives(dataset):
         path = raw / name
         damaged = path.exists() and _md5(path) != md5
@@ -178,7 +187,7 @@ def _fetch_archives(dataset: str, data_dir: Path, mirror: str, missing: str, say
 
 def _download(addresses: list[str], path: Path, md5: str, say: Say, stall_s: float) -> None:
     """Try each address, several rounds; the file appears under its name only when its md5 sum is right."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
     problem = ""
     try:
         for attempt in range(NUM_ROUNDS):
@@ -189,8 +198,11 @@ def _download(addresses: list[str], path: Path, md5: str, say: Say, stall_s: flo
                         part.replace(path)
                         return
                     problem = f"{address} gave a file whose md5 sum is not {md5}"
-                except (OSError, urllib.error.URLError, ValueError) as error:
-                    problem = f"{address} failed: {getattr(error, 'reason', None) or error or type(error).__name__}"
+                except (OSError, urllib.error.URLError, http.client.HTTPException, ValueError) as error:
+                    if isinstance(error, OSError) and error.errno in _FULL:
+                        raise
+                    cause = str(getattr(error, "reason", None) or error) or type(error).__name__
+                    problem = f"{address} failed: {' '.join(cause.split())}"  # what a server said may have line ends
                 say(problem)
             if attempt + 1 < NUM_ROUNDS:
                 time.sleep(0.5 * 2**attempt)
@@ -213,7 +225,7 @@ def _copy(address: str, target: Path, stall_s: float) -> None:
         _bar() as bar,
     ):
         size = int(response.headers.get("Content-Length") or 0)
-        task = bar.add_task(target.name.strip(".").rsplit(".", 1)[0], total=size or None)
+        task = bar.add_task(target.name.strip(".").rsplit(".part-", 1)[0], total=size or None)
         while chunk := response.read(_CHUNK_BYTES):
             file.write(chunk)
             bar.advance(task, len(chunk))

@@ -18,7 +18,7 @@ from mnist_dist.fetch import fetch
 from mnist_dist.journal import Journal, warn
 from mnist_dist.models import build_model, num_parameters
 from mnist_dist.trainer import Trainer
-from mnist_dist.world import World, join, leave
+from mnist_dist.world import World, join
 
 STOPPED = 3  # the exit code of a run that stopped on request and can go on
 
@@ -33,9 +33,16 @@ def train(config: Config, recipe: str) -> int:
         fetched = fetch(config.dataset, config.data_dir, mirror=config.mirror, missing=config.missing, say=warn)
     world = join(config)  # collective
     try:
-        return _train(config, recipe, world, fetched)
-    finally:
-        leave()
+        code = _train(config, recipe, world, fetched)
+    except (RequestError, RunError, SystemExit):  # all ranks leave by these together
+        world.leave()
+        raise
+    except Exception as error:
+        if world.watch:  # a bug, or a collective that broke because another rank is gone
+            world.watch.fail(error)
+        raise
+    world.leave()
+    return code
 
 
 def _train(config: Config, recipe: str, world: World, fetched: str | None) -> int:
@@ -57,6 +64,8 @@ def _train(config: Config, recipe: str, world: World, fetched: str | None) -> in
         _describe(config, world, dataset, trainer, journal, resumed=bool(saved))
     _start_trackers(config, world, run_dir, journal)  # collective
 
+    if world.watch and journal:
+        world.watch.on_verdict = lambda text: journal.record("failed", step=trainer.state.step, reason=text)
     try:
         stopped_by = trainer.train()  # collective
         if journal and not stopped_by:

@@ -29,6 +29,7 @@ from mnist_dist.evaluate import Evaluation, evaluate
 from mnist_dist.journal import Journal
 from mnist_dist.models import build_model
 from mnist_dist.schedule import learning_rate
+from mnist_dist.watch import Phase
 from mnist_dist.world import World
 
 PULSE_S = 0.5  # seconds between two pulses, about: a stop is heard within it, and it costs well under 1 %
@@ -122,6 +123,7 @@ class Trainer:
     def train_step(self, order: Tensor, epoch: int, step_in_epoch: int) -> None:
         """One optimizer step on one global batch. Collective: DDP's all-reduce is in the last backward pass."""
         config, share = self.config, self.shares.cut(order, step_in_epoch)
+        self.world.at(self.state.step, Phase.COMPUTING)
         images = self.train_split.images[share.rows].float().div_(255)
         labels = self.train_split.labels[share.rows]
         if self.augmentation.enabled:
@@ -147,6 +149,8 @@ class Trainer:
                 # Over the true size of the global batch, and times the world size, since DDP takes the mean of the
                 # ranks' gradients: together that is the gradient of the global mean, the short last batch included.
                 loss = losses.sum() * (self.world.size / share.num_images)
+                if is_last:
+                    self.world.at(self.state.step, Phase.EXCHANGING)
                 self.accelerator.backward(loss)  # collective, in the last piece
             step_loss += loss.detach()
         if config.clip_grad_norm:
@@ -170,6 +174,7 @@ class Trainer:
 
     def pulse(self) -> tuple[list[float], bool, bool]:
         """Meet the other ranks: the global mean loss of each step since the last pulse, stop?, save? Collective."""
+        self.world.at(self.state.step, Phase.MEETING)
         losses = torch.stack(self.losses).double().cpu() / self.world.size  # on a GPU: the one point that waits for it
         now = time.monotonic()
         elapsed, steps = now - self.window_s, len(self.losses)
@@ -230,6 +235,7 @@ class Trainer:
 
     def evaluate(self, epoch: int, train_loss: float) -> None:
         """Evaluate on the held-out images and report it. Rank 0 only; the others wait in the next collective."""
+        self.world.at(self.state.step, Phase.EVALUATING)
         self.evaluation = self.evaluate_on(self.held_out)
         split = self.dataset.held_out_name
         if self.journal:
@@ -247,6 +253,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint, on rank 0, and hear whether that went well. Collective."""
+        self.world.at(self.state.step, Phase.SAVING if self.world.is_main else Phase.WAITING)
         self.world.together(self._save if self.world.is_main else lambda: None)  # collective
         self.saved_s = time.monotonic()
 

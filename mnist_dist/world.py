@@ -27,6 +27,7 @@ from accelerate.utils import (
 from mnist_dist.config import Config
 from mnist_dist.errors import RequestError, RunError
 from mnist_dist.launcher import launched_world_size, overridden
+from mnist_dist.watch import Phase, Watch
 
 T = TypeVar("T")
 
@@ -76,6 +77,7 @@ class World:
     members: list[Member]
     precision: str  # resolved: no, bf16 or fp16
     notes: list[str]  # what differs from what was asked for, to be said on the console
+    watch: Watch | None  # over the other ranks, if there are any
 
     @property
     def rank(self) -> int:
@@ -96,6 +98,17 @@ class World:
     def device(self) -> torch.device:
         """Where this rank computes."""
         return self.accelerator.device  # type: ignore[no-any-return]
+
+    def at(self, step: int, phase: Phase) -> None:
+        """Note what this rank does now, so that it can be said where it hangs."""
+        if self.watch:
+            self.watch.at(step, phase)
+
+    def leave(self) -> None:
+        """Leave the group of ranks in order, if there is one."""
+        if self.watch:
+            self.watch.leave()
+            dist.destroy_process_group()
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank. Collective."""
@@ -211,27 +224,62 @@ def join(config: Config) -> World:
         DistributedType.MULTI_XPU,
     ):
         raise RequestError(f"this job does not run on {accelerator.distributed_type}; it knows CPUs and GPUs with DDP")
-    return World(accelerator, members, precision, notes)
+    watch = None
+    if world_size > 1:
+        store = _connect(config.timeout_s, hosting=False)
+        hosts = [member.host for member in members]
+        watch = Watch(store, rank, hosts, config.timeout_s, hosted_by_rank_0=not _launcher_hosts())
+        _gather(None, world_size)  # every rank has said its first beat
+        watch.start()
+    return World(accelerator, members, precision, notes, watch)
+
+
+def _connect(timeout_s: float, *, hosting: bool) -> dist.Store:
+    """A new connection to the job's store, which rank 0 hosts unless the launcher does. Raises RunError."""
+    host, port, rank = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), os.environ["RANK"]
+    me = f"rank {rank} on {socket.gethostname()}"
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise RequestError(f"MASTER_ADDR={host!r} and MASTER_PORT={port!r} in the environment are no host and port")
+    try:
+        socket.getaddrinfo(host, int(port))  # the store would try for minutes
+        patience = datetime.timedelta(seconds=timeout_s)
+        store = dist.TCPStore(host, int(port), is_master=hosting, timeout=patience, wait_for_workers=False)
+    except socket.gaierror as error:
+        raise RunError(f"{me} cannot resolve MASTER_ADDR={host}: {error.strerror}") from None
+    except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError among them
+        what = f"cannot listen on port {port}" if hosting else f"could not reach rank 0 at {host}:{port}"
+        raise RunError(f"{me} {what} within {timeout_s:g} s (timeout_s): {str(error).splitlines()[0]}") from None
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 def _init_process_group(device: torch.device, timeout_s: float) -> None:
+    """Meet the other ranks, all of them, and form the group of collectives. Collective."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _connect(timeout_s, hosting=rank == 0 and not _launcher_hosts())
+    store.set(f"here/{rank}", "1")
+    everybody = [f"here/{r}" for r in range(world_size)]
+    try:
+        store.wait(everybody, datetime.timedelta(seconds=timeout_s))
+    except RuntimeError:
+        if rank:
+            raise SystemExit(1) from None  # rank 0 says it
+        missing = [str(r) for r, key in enumerate(everybody) if not store.check([key])]
+        raise RunError(
+            f"of {world_size} ranks these did not come within {timeout_s:g} s (timeout_s): {', '.join(missing[:64])}; "
+            "look at their logs, and whether their machines reach this one"
+        ) from None
     # Ours, not Accelerate's: it drops a time-out that equals its default, and its CPU ranks may look for MPI.
     # gloo beside NCCL carries what is not on the GPU (stop flags, names), without a device sync.
     backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}.get(device.type)
-    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-    try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
-    except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError among them
-        raise RunError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others at {address} within "
-            f"{timeout_s:g} s: {str(error).splitlines()[0]}"
-        ) from None
+    # Twice the time, so that the watch, which can name who hangs, is sooner.
+    patience = datetime.timedelta(seconds=2 * timeout_s)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=patience
+    )
 
 
-def leave() -> None:
-    """Leave the group of ranks in order, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _launcher_hosts() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,14 +1,15 @@
 """What the tests share: datasets in small, and real processes started as a launcher would."""
 
 import json
+import multiprocessing
 import os
 import shutil
-import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,18 @@ def clean_environment(**extra: str) -> dict[str, str]:
     prefixes = ("ACCELERATE_", "MNIST_DIST_", "SLURM_", "OMP_", "PET_")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(prefixes) and k not in names}
-    return kept | extra
+    return kept | {"TORCH_CPP_LOG_LEVEL": "ERROR"} | extra
 
 
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+# Real processes, forked from a server that has imported torch already: a start takes tenths of a second, not seconds.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["mnist_dist.train", "tests.conftest"])
 
 
 @dataclass
@@ -77,53 +83,95 @@ class Result:
         return self.codes[0]
 
 
+def become(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+    """In a forked process: be what `python train.py` would be."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    from mnist_dist.cli import main
+
+    sys.exit(main(arguments))
+
+
+def start_verb(
+    arguments: Sequence[object], log: Path, target: Callable[..., None] = become, **environment: str
+) -> ForkServerProcess:
+    """Start `mnist-dist VERB ...` in the folder of `log`, all output into it."""
+    process = _FORKS.Process(
+        target=target, args=([*map(str, arguments)], log.parent, log, clean_environment(**environment))
+    )
+    process.start()
+    return process
+
+
 def start_ranks(
-    arguments: Sequence[object], log: Path, *, world_size: int = 1, **environment: str
-) -> list[subprocess.Popen[bytes]]:
-    """Start train.py once a rank, as srun does, all output into one file."""
-    command = [sys.executable, str(TRAIN), *map(str, arguments)]
+    arguments: Sequence[object],
+    log: Path,
+    *,
+    world_size: int = 1,
+    target: Callable[..., None] = become,
+    **environment: str,
+) -> list[ForkServerProcess]:
+    """Start `train` once a rank, with the variables that srun's tasks set, all output into one file.
+
+    `target` may be a function that changes something in the new process and then calls `become`.
+    """
     port = free_port()
     processes = []
-    with log.open("ab") as output:
-        for rank in range(world_size):
-            ranks = {}
-            if world_size > 1:
-                ranks = {
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "WORLD_SIZE": str(world_size),
-                    "LOCAL_WORLD_SIZE": str(world_size),
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
-                }
-            env = clean_environment(PYTHONWARNINGS="error::UserWarning:mnist_dist", **ranks, **environment)
-            processes.append(
-                subprocess.Popen(command, cwd=log.parent, env=env, stdout=output, stderr=subprocess.STDOUT)
-            )
+    for rank in range(world_size):
+        ranks = {}
+        if world_size > 1:
+            ranks = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        processes.append(start_verb(["train", *arguments], log, target, **ranks, **environment))
     return processes
 
 
-def wait_ranks(processes: list[subprocess.Popen[bytes]], log: Path, timeout_s: float = 240) -> Result:
-    """Wait for all of them; kill them where that takes too long."""
-    try:
-        codes = [p.wait(timeout_s) for p in processes]
-    except subprocess.TimeoutExpired:
-        for p in processes:
-            p.send_signal(signal.SIGKILL)
-            p.wait()
-        raise AssertionError(f"did not end within {timeout_s} s:\n{log.read_text()}") from None
-    return Result(codes, log.read_text(errors="replace"))
+def wait_ranks(processes: Sequence[ForkServerProcess], log: Path, timeout_s: float = 240) -> Result:
+    """Wait for all of them; kill them where that takes too long. A code below zero is the signal that killed."""
+    deadline_s = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(deadline_s - time.monotonic(), 0))
+    if any(process.exitcode is None for process in processes):
+        for process in processes:
+            process.kill()
+            process.join()
+        raise AssertionError(f"did not end within {timeout_s} s:\n{log.read_text()}")
+    return Result([process.exitcode or 0 for process in processes], log.read_text(errors="replace"))
 
 
 def run_ranks(arguments: Sequence[object], folder: Path, *, world_size: int = 1, **environment: str) -> Result:
-    """Start train.py and wait for its end."""
+    """Run `train` to its end, in `folder`."""
     log = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
     return wait_ranks(start_ranks(arguments, log, world_size=world_size, **environment), log)
 
 
+def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    """Poll until it is true."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it never came"
+        time.sleep(0.02)
+
+
+def has_steps(run_dir: Path, count: int) -> Callable[[], bool]:
+    """Whether a run has recorded so many steps."""
+    return lambda: (run_dir / "metrics.jsonl").exists() and len(metrics(run_dir, "step")) >= count
+
+
 def metrics(run_dir: Path, event: str) -> list[dict[str, Any]]:
     """The records of one kind in a run's metrics.jsonl."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be being written
     return [r for r in records if r["event"] == event]
 
 

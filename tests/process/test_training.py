@@ -1,0 +1,322 @@
+"""The job as real processes: the same curve at any world size, each image once, exact resuming, one writer."""
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import (
+    NUM_TEST,
+    NUM_TRAIN,
+    REPOSITORY,
+    TRAIN,
+    become,
+    clean_environment,
+    free_port,
+    has_steps,
+    losses,
+    metrics,
+    run_ranks,
+    start_ranks,
+    start_verb,
+    wait_for,
+    wait_ranks,
+)
+
+# 16 steps an epoch, the last of 40 images; seven epochs are 112 steps.
+COMMON = ["dataset=synthetic", "precision=no", "threads=1", "log_every_steps=1", "run_dir=run"]
+# Slow training for the CNN: each ReLU or pooling window that float rounding tips over is a small jump, fast training
+# makes it grow, and after a hundred steps of any faster recipe two orders of summation are 1e-4 to 1e-3 apart. A wrong
+# weight on a single batch would still show as 1e-4 and more.
+RECIPES = {
+    "cnn": ["model=cnn", "optimizer=sgd", "lr=2e-3"],
+    "mlp": ["model=mlp", "optimizer=adam", "lr=1e-3", "ema=0.99", "clip_grad_norm=1", "shift=2"],
+}
+
+
+def train(folder: Path, data_dir: Path, *arguments: str, world_size: int = 1, epochs: int = 7) -> Path:
+    """Run to the end in a folder of its own, and return the run directory."""
+    folder.mkdir(exist_ok=True)
+    arguments = (*COMMON, f"data_dir={data_dir}", f"epochs={epochs}", *arguments)
+    result = run_ranks(arguments, folder, world_size=world_size)
+    assert result.code == 0, result.output
+    assert "Traceback" not in result.output
+    assert "Warning" not in result.output
+    return folder / "run"
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Those of the newest checkpoint."""
+    return load_file(sorted((run_dir / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+
+
+def assert_close(one: Path, other: Path, tolerance: float) -> None:
+    """Two runs have the same curve, and where the tolerance is zero the same weights to the last bit."""
+    first, second = losses(one), losses(other)
+    assert len(first) == len(second)
+    assert max(abs(a - b) for a, b in zip(first, second, strict=True)) <= tolerance
+    if not tolerance:
+        assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def straight(request: pytest.FixtureRequest, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run of one rank."""
+    return train(tmp_path_factory.mktemp(request.param), data_dir, *RECIPES[request.param])
+
+
+@pytest.fixture
+def recipe(straight: Path) -> list[str]:
+    return RECIPES["cnn" if "conv1.weight" in weights(straight) else "mlp"]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_curve_is_the_same_at_any_world_size(
+    straight: Path, recipe: list[str], world_size: int, data_dir: Path, tmp_path: Path
+) -> None:
+    assert len(losses(straight)) == 7 * 16 > 100
+    assert_close(straight, train(tmp_path, data_dir, *recipe, world_size=world_size), 1e-5)
+
+
+def test_a_micro_batch_changes_nothing(straight: Path, recipe: list[str], data_dir: Path, tmp_path: Path) -> None:
+    assert_close(straight, train(tmp_path, data_dir, *recipe, "micro_batch=24"), 1e-5)
+
+
+def _count(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+    """Be a rank that writes down which images it gave weight to."""
+    from mnist_dist.data import Share, Shares
+
+    cut = Shares.cut
+
+    def counted(self: Shares, order: torch.Tensor, step_in_epoch: int) -> Share:
+        share = cut(self, order, step_in_epoch)
+        kept = share.rows if share.weights is None else share.rows[share.weights > 0]
+        with (folder / f"rows-{environment.get('RANK', 0)}").open("a") as file:
+            file.writelines(f"{row}\n" for row in kept.tolist())
+        return share
+
+    Shares.cut = counted  # type: ignore[method-assign]
+    become(arguments, folder, log, environment)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_each_training_image_is_used_once_an_epoch(world_size: int, data_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "output.txt"
+    arguments = [*COMMON, f"data_dir={data_dir}", "epochs=2", "batch_size=60", "model=mlp"]  # 3 does not divide 1000
+    assert wait_ranks(start_ranks(arguments, log, world_size=world_size, target=_count), log).code == 0
+    rows = [int(line) for path in tmp_path.glob("rows-*") for line in path.read_text().split()]
+    assert sorted(rows) == sorted([*range(NUM_TRAIN), *range(NUM_TRAIN)])
+    evaluations = metrics(tmp_path / "run", "eval")
+    assert [(e["split"], e["count"]) for e in evaluations] == [("test", NUM_TEST)] * 2
+
+
+@pytest.mark.parametrize("world_size", [3])
+def test_a_world_size_that_does_not_divide_the_images_has_the_same_curve(
+    world_size: int, data_dir: Path, tmp_path: Path
+) -> None:
+    arguments = [*RECIPES["cnn"], "batch_size=60"]
+    one = train(tmp_path / "one", data_dir, *arguments)
+    assert_close(one, train(tmp_path / "many", data_dir, *arguments, world_size=world_size), 1e-5)
+
+
+def interrupt(folder: Path, data_dir: Path, recipe: list[str], world_size: int, num_steps: int) -> None:
+    """Start a run and stop it with SIGTERM, to one rank only, after about so many steps."""
+    log = folder / "interrupted.txt"
+    arguments = [*COMMON, f"data_dir={data_dir}", "epochs=7", *recipe]
+    ranks = start_ranks(arguments, log, world_size=world_size, target=_slow)
+    wait_for(has_steps(folder / "run", num_steps))
+    pid = ranks[-1].pid
+    assert pid
+    os.kill(pid, signal.SIGTERM)
+    result = wait_ranks(ranks, log)
+    assert result.code == 3, result.output
+    stop = metrics(folder / "run", "stop")[-1]
+    assert num_steps <= stop["step"] < 7 * 16
+    assert "SIGTERM" in stop["reason"]
+    assert "start it again with run_dir=run" in result.output
+
+
+def _slow(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+    """Be a rank that meets the others after every step, so that a signal is heard at once."""
+    import mnist_dist.trainer
+
+    mnist_dist.trainer.MAX_PULSE_STEPS = 1
+    become(arguments, folder, log, environment)
+
+
+@pytest.mark.parametrize("num_steps", [5, 40])
+def test_resuming_is_exact_to_the_last_bit(
+    straight: Path, recipe: list[str], num_steps: int, data_dir: Path, tmp_path: Path
+) -> None:
+    interrupt(tmp_path, data_dir, recipe, 1, num_steps)
+    assert_close(straight, train(tmp_path, data_dir, *recipe), 0)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2)])
+def test_resuming_at_another_world_size_goes_on_with_the_curve(
+    straight: Path, recipe: list[str], before: int, after: int, data_dir: Path, tmp_path: Path
+) -> None:
+    interrupt(tmp_path, data_dir, recipe, before, 20)
+    assert_close(straight, train(tmp_path, data_dir, *recipe, world_size=after), 1e-5)
+
+
+def test_a_finished_run_has_nothing_to_do(straight: Path, recipe: list[str], data_dir: Path) -> None:
+    files = [path for path in straight.rglob("*") if path.is_file() and path.name not in ("console.log", "lock")]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    result = run_ranks([*COMMON, f"data_dir={data_dir}", "epochs=7", *recipe], straight.parent, world_size=2)
+    assert result.code == 0
+    assert "run is finished (step 112); nothing to do" in result.output
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("seed=1", "the checkpoint is of a run with seed=0, not seed=1"),
+        ("batch_size=32", "the checkpoint is of a run with batch_size=64, not batch_size=32"),
+        ("model=mlp", "the checkpoint is of a run with model=cnn, not model=mlp"),
+        ("optimizer=sgd", "the checkpoint is of a run with optimizer=adamw, not optimizer=sgd"),
+        ("validation=100", "the checkpoint is of a run with validation=0, not validation=100"),
+        ("resume=never", "resume=never, but run_dir=run has checkpoints"),
+    ],
+)
+def test_another_runs_checkpoint_is_refused(change: str, sentence: str, data_dir: Path, tmp_path: Path) -> None:
+    train(tmp_path, data_dir, epochs=1)
+    result = run_ranks([*COMMON, f"data_dir={data_dir}", change], tmp_path)
+    assert result.code == 2
+    assert sentence in result.output
+    assert result.output.count("\n") <= 2
+
+
+def test_other_images_under_the_same_name_are_refused(data_dir: Path, tmp_path: Path) -> None:
+    from mnist_dist.digits import draw_digits
+    from mnist_dist.fetch import dataset_file, write_dataset
+
+    train(tmp_path, data_dir, epochs=1)
+    write_dataset(dataset_file("synthetic", tmp_path), "synthetic", draw_digits(900, seed=7), draw_digits(90, seed=8))
+    result = run_ranks([*COMMON, f"data_dir={tmp_path}"], tmp_path)
+    assert result.code == 2
+    assert "trained on other images that are called synthetic too" in result.output
+
+
+def test_ranks_with_different_images_are_refused(data_dir: Path, tmp_path: Path) -> None:
+    from mnist_dist.digits import draw_digits
+    from mnist_dist.fetch import dataset_file, write_dataset
+
+    write_dataset(dataset_file("synthetic", tmp_path), "synthetic", draw_digits(900, seed=7), draw_digits(90, seed=8))
+    log, port = tmp_path / "output.txt", str(free_port())
+    ranks = []
+    for rank, folder in enumerate([data_dir, tmp_path]):
+        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        ranks.append(start_verb(["train", *COMMON, f"data_dir={folder}"], log, become, **environment))
+    result = wait_ranks(ranks, log)
+    assert result.code == 2
+    assert "rank 1 on " in result.output
+    assert "has synthetic" in result.output
+
+
+def test_only_rank_0_writes(data_dir: Path, tmp_path: Path) -> None:
+    port = str(free_port())
+    ranks, logs = [], []
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        logs.append(tmp_path / str(rank) / "output.txt")
+        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        arguments = ["train", *COMMON, f"data_dir={data_dir}", "epochs=1", "evaluate_train=true"]
+        ranks.append(start_verb(arguments, logs[-1], become, **environment))
+    assert wait_ranks(ranks, logs[0]).code == 0
+    assert [p.name for p in (tmp_path / "1").iterdir()] == ["output.txt"]
+    assert logs[1].read_text() == ""
+    assert "train accuracy" in logs[0].read_text()
+
+
+def test_the_run_directory_holds_what_it_promises(straight: Path) -> None:
+    names = {p.name for p in straight.iterdir()}
+    assert names == {"config.yaml", "versions.json", "metrics.jsonl", "console.log", "checkpoints", "lock", "DONE"}
+    checkpoints = sorted((straight / "checkpoints").iterdir())
+    assert [p.name for p in checkpoints] == ["step-00000096", "step-00000112"]
+    assert {p.name for p in checkpoints[0].iterdir()} == {"model.safetensors", "training.pt", "manifest.json"}
+    start, done = metrics(straight, "start")[0], metrics(straight, "done")[0]
+    assert (start["step"], done["step"], done["accuracy"]) == (0, 112, metrics(straight, "eval")[-1]["accuracy"])
+    steps = metrics(straight, "step")
+    assert list(steps[0]) == ["event", "step", "epoch", "loss", "lr", "images_per_s"]
+    assert "\x1b" not in (straight / "console.log").read_text()
+    secrets = json.dumps(json.loads((straight / "versions.json").read_text()))
+    assert os.environ["PATH"] not in secrets
+
+
+def _poison(step: int, arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+    """Be a rank whose images are not finite from a step on, on rank 1 or where it is alone."""
+    from mnist_dist.trainer import Trainer
+
+    train_step = Trainer.train_step
+
+    def poisoned(self: Trainer, order: torch.Tensor, epoch: int, step_in_epoch: int) -> None:
+        if self.state.step == step and self.world.rank == self.world.size - 1:
+            with torch.no_grad():
+                next(self.network.parameters()).fill_(float("nan"))
+        train_step(self, order, epoch, step_in_epoch)
+
+    Trainer.train_step = poisoned  # type: ignore[method-assign]
+    become(arguments, folder, log, environment)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loss_that_is_not_finite_stops_all_ranks(world_size: int, data_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "output.txt"
+    arguments = [*COMMON, f"data_dir={data_dir}", "epochs=2"]
+    result = wait_ranks(start_ranks(arguments, log, world_size=world_size, target=functools.partial(_poison, 20)), log)
+    assert result.code == 1
+    assert "the loss is nan at step 20 (epoch 1); the last good checkpoint is run/checkpoints/step-00000016;" in (
+        result.output
+    )
+    assert result.output.count("mnist-dist:") == 1
+    reason = metrics(tmp_path / "run", "failed")[0]["reason"]
+    assert "step 20" in reason
+
+
+def launch(command: list[str], folder: Path, data_dir: Path, **environment: str) -> str:
+    """Run a launcher as a user would, and return what it printed."""
+    paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = clean_environment(PATH=paths, HF_HOME=str(folder), MNIST_DIST_DATA_DIR=str(data_dir), **environment)
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "num_ranks"),
+    [
+        ([sys.executable, str(TRAIN)], 1),
+        (["accelerate", "launch", str(TRAIN)], 1),
+        (["torchrun", "--standalone", "--nproc-per-node=2", str(TRAIN)], 2),
+        ([str(REPOSITORY / "launch/local.sh")], 2),
+    ],
+    ids=["python", "accelerate", "torchrun", "local.sh"],
+)
+def test_every_launcher_ends_alike(command: list[str], num_ranks: int, data_dir: Path, tmp_path: Path) -> None:
+    straight = train(tmp_path / "straight", data_dir, *RECIPES["mlp"], epochs=1)
+    arguments = [*COMMON, *RECIPES["mlp"], "epochs=1"]
+    output = launch([*command, *arguments], tmp_path, data_dir, NPROC=str(num_ranks))
+    assert_close(straight, tmp_path / "run", 1e-5 if num_ranks > 1 else 0)
+    assert f"{num_ranks} rank" in output
+    assert "Traceback" not in output
+    assert len(re.findall("test accuracy [0-9.]+ %", output)) == 1
+
+
+def test_two_unconnected_processes_are_refused(data_dir: Path, tmp_path: Path) -> None:
+    command = ["accelerate", "launch", "--cpu", "--num_processes", "4", str(TRAIN), *COMMON]
+    paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = clean_environment(PATH=paths, HF_HOME=str(tmp_path), MNIST_DIST_DATA_DIR=str(data_dir))
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert result.returncode != 0
+    assert "`accelerate launch` was asked for several CPU processes and started one" in result.stderr
+    assert not (tmp_path / "run").exists()
