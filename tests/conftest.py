@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -20,15 +20,27 @@ TRAIN = REPOSITORY / "train.py"
 NUM_TRAIN, NUM_TEST = 1000, 200  # of the small dataset: 16 batches of 64, the last of 40
 
 
+def skip(need: str, reason: str) -> NoReturn:
+    """Skip a test for want of something, unless MNIST_DIST_TEST_REQUIRE says that it is there."""
+    if need in os.environ.get("MNIST_DIST_TEST_REQUIRE", "").split():
+        pytest.fail(f"this must not be skipped here: {reason}")
+    pytest.skip(reason)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small dataset of drawn digits under the name synthetic."""
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def make_data(folder: Path, num_train: int = NUM_TRAIN, seed: int = 0) -> Path:
+    """Fill a folder with a small dataset of drawn digits under the name synthetic, and return it."""
     from mnist_dist.digits import draw_digits
     from mnist_dist.fetch import dataset_file, write_dataset
 
-    folder = tmp_path_factory.mktemp("data")
-    path = dataset_file("synthetic", folder)
-    write_dataset(path, "synthetic", draw_digits(NUM_TRAIN, seed=0), draw_digits(NUM_TEST, seed=1))
+    folder.mkdir(exist_ok=True)
+    train, test = draw_digits(num_train, seed), draw_digits(NUM_TEST, seed + 1)
+    write_dataset(dataset_file("synthetic", folder), "synthetic", train, test)
     return folder
 
 
@@ -37,7 +49,7 @@ def raw_mnist() -> Path:
     """The folder of the four original MNIST archives, or a skip that says why."""
     folder = os.environ.get("MNIST_DIST_TEST_RAW", "")
     if not folder or not Path(folder).is_dir():
-        pytest.skip("MNIST_DIST_TEST_RAW names no folder with the four original MNIST files")
+        skip("real_data", "MNIST_DIST_TEST_RAW names no folder with the four original MNIST files")
     return Path(folder)
 
 
@@ -66,8 +78,8 @@ def free_port() -> int:
 
 
 # Real processes, forked from a server that has imported torch already: a start takes tenths of a second, not seconds.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["mnist_dist.train", "tests.conftest"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["mnist_dist.train", "tests.conftest"])
 
 
 @dataclass
@@ -100,11 +112,23 @@ def start_verb(
     arguments: Sequence[object], log: Path, target: Callable[..., None] = become, **environment: str
 ) -> ForkServerProcess:
     """Start `mnist-dist VERB ...` in the folder of `log`, all output into it."""
-    process = _FORKS.Process(
+    process = FORKS.Process(
         target=target, args=([*map(str, arguments)], log.parent, log, clean_environment(**environment))
     )
     process.start()
     return process
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """The variables that a launcher sets for a rank of this machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def start_ranks(
@@ -122,16 +146,7 @@ def start_ranks(
     port = free_port()
     processes = []
     for rank in range(world_size):
-        ranks = {}
-        if world_size > 1:
-            ranks = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
+        ranks = rank_environment(rank, world_size, port) if world_size > 1 else {}
         processes.append(start_verb(["train", *arguments], log, target, **ranks, **environment))
     return processes
 

@@ -23,7 +23,9 @@ from tests.conftest import (
     free_port,
     has_steps,
     losses,
+    make_data,
     metrics,
+    rank_environment,
     run_ranks,
     start_ranks,
     start_verb,
@@ -197,25 +199,19 @@ def test_another_runs_checkpoint_is_refused(change: str, sentence: str, data_dir
 
 
 def test_other_images_under_the_same_name_are_refused(data_dir: Path, tmp_path: Path) -> None:
-    from mnist_dist.digits import draw_digits
-    from mnist_dist.fetch import dataset_file, write_dataset
-
     train(tmp_path, data_dir, epochs=1)
-    write_dataset(dataset_file("synthetic", tmp_path), "synthetic", draw_digits(900, seed=7), draw_digits(90, seed=8))
+    make_data(tmp_path, seed=7)
     result = run_ranks([*COMMON, f"data_dir={tmp_path}"], tmp_path)
     assert result.code == 2
     assert "trained on other images that are called synthetic too" in result.output
 
 
 def test_ranks_with_different_images_are_refused(data_dir: Path, tmp_path: Path) -> None:
-    from mnist_dist.digits import draw_digits
-    from mnist_dist.fetch import dataset_file, write_dataset
-
-    write_dataset(dataset_file("synthetic", tmp_path), "synthetic", draw_digits(900, seed=7), draw_digits(90, seed=8))
-    log, port = tmp_path / "output.txt", str(free_port())
+    make_data(tmp_path, seed=7)
+    log, port = tmp_path / "output.txt", free_port()
     ranks = []
     for rank, folder in enumerate([data_dir, tmp_path]):
-        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        environment = rank_environment(rank, 2, port)
         ranks.append(start_verb(["train", *COMMON, f"data_dir={folder}"], log, become, **environment))
     result = wait_ranks(ranks, log)
     assert result.code == 2
@@ -224,12 +220,12 @@ def test_ranks_with_different_images_are_refused(data_dir: Path, tmp_path: Path)
 
 
 def test_only_rank_0_writes(data_dir: Path, tmp_path: Path) -> None:
-    port = str(free_port())
+    port = free_port()
     ranks, logs = [], []
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
         logs.append(tmp_path / str(rank) / "output.txt")
-        environment = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        environment = rank_environment(rank, 2, port)
         arguments = ["train", *COMMON, f"data_dir={data_dir}", "epochs=1", "evaluate_train=true"]
         ranks.append(start_verb(arguments, logs[-1], become, **environment))
     assert wait_ranks(ranks, logs[0]).code == 0

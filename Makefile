@@ -1,0 +1,43 @@
+# `make train` and `make test` set up all that they need in .venv; the other targets use it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: train test check lint golden torture clean
+
+train: $(VENV)/.installed
+	PYTHON=$(BIN)/python launch/local.sh missing=synthetic
+
+test: $(VENV)/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" pytest
+
+check: lint test
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	git ls-files '*.sh' | xargs $(BIN)/shellcheck -x
+
+# Write the golden loss curves anew; `git diff tests/golden` then shows what a change did to them.
+golden: $(VENV)/.dev
+	$(BIN)/python -m tests.golden
+
+# The whole kill campaign: 200 runs with one rank, 50 with two, about half an hour.
+torture: $(VENV)/.dev
+	$(BIN)/python -m tests.torture
+
+clean:
+	rm -rf $(VENV) build *.egg-info .*_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet -e '.[dev,tracking]'
+	touch $@ $(VENV)/.installed
