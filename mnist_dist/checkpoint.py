@@ -8,20 +8,19 @@ nothing that `newest` would take. A damaged one is renamed aside, never deleted,
 Only rank 0 comes here. Nothing from a file is ever run: safetensors, and torch.load with weights_only=True.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
-import zipfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -30,7 +29,8 @@ from mnist_dist.errors import RequestError, RunError
 
 MODEL, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
 _PREFIX, _TEMPORARY = "step-", ".tmp-"
-_MAX_FILE_BYTES = 1 << 30  # a thousand times what these networks need: never read a wrong file into memory
+# Far more than is ever written, so that a wrong file is never read into memory, let alone parsed.
+_MAX_BYTES = {MODEL: 1 << 30, TRAINING: 1 << 30, MANIFEST: 1 << 16}
 
 Say = Callable[[str], None]
 
@@ -57,36 +57,30 @@ def parse_weights(data: bytes, origin: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file's bytes. Raises RequestError."""
     try:
         return load_safetensors(data)
-    except SafetensorError as error:
-        raise RequestError(f"{origin} is not a safetensors file: {error}") from None
+    except Exception as error:  # SafetensorError, and whatever else a forged header leads to
+        raise RequestError(f"{origin} is not a safetensors file: {_one_line(error)}") from None
 
 
 def parse_training(data: bytes, origin: Path) -> dict[str, Any]:
     """What `save` was given as `training`. Raises RequestError, and runs no code from the file."""
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise RequestError(f"{origin} is refused: {str(error).splitlines()[0]}") from None
+        with warnings.catch_warnings(action="ignore"):  # what torch says of an odd file is said by the refusal
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # a forged pickle makes torch's safe unpickler raise almost anything
+        raise RequestError(f"{origin} is refused: {_one_line(error)}") from None
     if not isinstance(state, dict):
         raise RequestError(f"{origin} is refused: it holds no training state")
     return state
 
 
 def save(folder: Path, step: int, weights: dict[str, Tensor], training: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `step`, then prune down to the `keep` newest. Raises OSError; then nothing has changed.
+    """Write the checkpoint of `step`, then prune down to the `keep` newest. Raises OSError; then nothing is lost.
 
     Returns the checkpoint's folder. Where that step already has a whole checkpoint it stays as it is.
     """
     path = folder / f"{_PREFIX}{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if path.exists():
+    folder.mkdir(exist_ok=True)  # not its parents: a run directory that vanished must be noticed, not made again
+    if os.path.lexists(path):
         try:
             read(path)
             return path
@@ -110,14 +104,14 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], training: dict[str
         _sync_folder(temporary)
         temporary.rename(path)
     except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         raise
     _sync_folder(folder)
     for old in _steps(folder)[keep:]:
         # Under a temporary name first: a crash inside rmtree must not leave half a checkpoint under a good name.
         doomed = folder / f"{_TEMPORARY}{old.name}"
         old.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        _remove(doomed)
     return path
 
 
@@ -137,7 +131,10 @@ def find(path: Path, say: Say) -> Checkpoint:
 
     Raises RequestError.
     """
-    candidates = [path] if (path / MANIFEST).exists() else _steps(path / "checkpoints")
+    try:
+        candidates = [path] if (path / MANIFEST).exists() else _steps(path / "checkpoints")
+    except OSError as error:  # a name that is too long, say
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     for candidate in candidates:
         try:
             return read(candidate)
@@ -154,7 +151,7 @@ def read(path: Path) -> Checkpoint:
         recorded = {name: (files[name]["bytes"], files[name]["sha256"]) for name in (MODEL, TRAINING)}
     except (ValueError, TypeError, KeyError, RecursionError):
         raise DamagedError(f"{MANIFEST} is not what was written") from None
-    if path.name != f"{_PREFIX}{step:08d}" if isinstance(step, int) else True:
+    if type(step) is not int or path.name != f"{_PREFIX}{step:08d}":  # True is an int too
         raise DamagedError(f"{MANIFEST} is of another step")
     data = {}
     for name, (num_bytes, sha256) in recorded.items():
@@ -178,7 +175,16 @@ def check_writable(folder: Path) -> None:
 def sweep(folder: Path) -> None:
     """Delete what a crash left half-written."""
     for stale in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(stale, ignore_errors=True)
+        _remove(stale)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, a file or a link; what cannot be deleted stays for the next sweep."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -189,7 +195,7 @@ def _steps(folder: Path) -> list[Path]:
 
 def _set_aside(path: Path) -> Path:
     number = 0
-    while (aside := path.with_name(f"damaged-{path.name}" + (f"-{number}" if number else ""))).exists():
+    while os.path.lexists(aside := path.with_name(f"damaged-{path.name}" + (f"-{number}" if number else ""))):
         number += 1
     path.rename(aside)
     return aside
@@ -199,11 +205,15 @@ def _read_regular(path: Path) -> bytes:
     try:
         if not path.is_file() or path.is_symlink():
             raise DamagedError(f"{path.name} is missing" if not path.exists() else f"{path.name} is no plain file")
-        if path.stat().st_size > _MAX_FILE_BYTES:
+        if path.stat().st_size > _MAX_BYTES[path.name]:
             raise DamagedError(f"{path.name} is far too large")
         return path.read_bytes()
     except OSError as error:
         raise DamagedError(f"{path.name} cannot be read: {error.strerror}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _sha256(data: bytes) -> str:

@@ -76,6 +76,8 @@ def fetch(
         if missing != "synthetic":
             raise
         say(f"WARNING: {error}")
+    except BrokenPipeError:  # `say` has lost its reader
+        raise
     except OSError as error:
         if error.errno in _FULL:
             raise RunError(f"data_dir={data_dir} has no room for {dataset}: {error.strerror}") from None
@@ -115,7 +117,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
-        digest.update(tensors[key].contiguous().numpy().data)
+        digest.update(tensors[key].contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ table row per epoch; elsewhere one plain line every few seconds, without control
 has every figure: one JSON object a line, `event` first, floats in full precision.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -21,14 +22,14 @@ LINE_EVERY_S = 5.0  # seconds between progress lines in a log file
 
 
 class Journal:
-    """Writes what happened. Raises OSError when the run directory can't take it."""
+    """Writes what happened. Raises OSError, which names the file, when the run directory can't take it."""
 
     def __init__(self, run_dir: Path, track: Callable[[dict[str, Any], int], None] | None = None) -> None:
         self.run_dir = run_dir
         self.track = track
         self.console = Console(highlight=False, soft_wrap=True)
-        self._metrics = _open_lines(run_dir / "metrics.jsonl")
-        self._log = _open_lines(run_dir / "console.log")
+        self._metrics = _Lines(run_dir / "metrics.jsonl")
+        self._log = _Lines(run_dir / "console.log")
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._line_s = time.monotonic()
@@ -36,15 +37,15 @@ class Journal:
 
     def say(self, text: str) -> None:
         """One line for a person, to the console and console.log."""
-        self.console.print(text, markup=False)
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
+        try:
+            self.console.print(text, markup=False)
+        finally:  # the one may be on a full disk and the other not
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def record(self, event: str, **figures: Any) -> None:
         """One object of metrics.jsonl; numbers of steps and evaluations go to the trackers too."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
-        self._metrics.write(json.dumps({"event": event, **finite}, allow_nan=False) + "\n")
-        self._metrics.flush()
+        self._metrics.write(json.dumps({"event": event, **finite}, allow_nan=False))
         if self.track and event in ("step", "eval"):
             prefix = figures.get("split", "train")
             numbers = {f"{prefix}/{k}": v for k, v in figures.items() if isinstance(v, float)}
@@ -92,14 +93,35 @@ class Journal:
             self._bar = None
 
 
-def _open_lines(path: Path) -> TextIO:
-    """Open a file of lines to append to; a last line that a crash cut short is ended, so the next stands alone."""
-    if path.exists() and path.stat().st_size:
-        with path.open("rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-    return path.open("a", encoding="utf-8")
+class _Lines:
+    """A file of lines to append to. There is no buffer: what the disk refuses is not written later, or half."""
+
+    def __init__(self, path: Path) -> None:
+        """A last line that a crash cut short is ended, so that the next stands alone. Raises OSError."""
+        self.path = path
+        self._file = path.open("ab+", buffering=0)
+        if self._file.tell():
+            self._file.seek(-1, os.SEEK_END)
+            if self._file.read(1) != b"\n":
+                self._append(b"\n")
+
+    def write(self, line: str) -> None:
+        """Append a line, whole or not at all. Raises OSError."""
+        self._append(f"{line}\n".encode(errors="backslashreplace"))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _append(self, data: bytes) -> None:
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def warn(text: str) -> None:

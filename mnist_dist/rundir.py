@@ -17,8 +17,9 @@ import platform
 import socket
 import subprocess
 import time
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from mnist_dist.errors import RequestError, RunError
 
@@ -50,24 +51,27 @@ class Lock:
 
     def __init__(self, run_dir: Path) -> None:
         """Raises RequestError where another process runs here, RunError where nothing can be written."""
-        self._file: TextIO
+        self._file: FileIO  # without a buffer, which a full disk would leave something in
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = (run_dir / "lock").open("a+", encoding="utf-8")
+            self._file = (run_dir / "lock").open("ab+", buffering=0)
         except OSError as error:
             raise RunError(f"run_dir={run_dir} cannot be written: {error.strerror}; choose another") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.seek(0)
-            owner = self._file.read(200).strip() or "another process"
+            owner = self._file.read(200).decode(errors="replace").strip() or "another process"
             self._file.close()
             if isinstance(error, BlockingIOError):
                 raise RequestError(f"run_dir={run_dir} is in use by {owner}; stop that run or choose another") from None
             raise RunError(f"run_dir={run_dir} cannot be locked: {error.strerror}; choose another") from None
-        self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as error:
+            self._file.close()
+            raise RunError(f"run_dir={run_dir} cannot be written: {error.strerror}; choose another") from None
 
     def release(self) -> None:
         """Let the next run in."""
@@ -91,6 +95,8 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 Every rank comes through here. Rank 0 alone touches the run directory; what it finds there the others hear from it.
 """
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ def train(config: Config, recipe: str) -> int:
     except (RequestError, RunError, SystemExit):  # all ranks leave by these together
         world.leave()
         raise
+    except OSError as error:  # rank 0's, after the last collective
+        world.leave()
+        raise RunError(f"{error.filename or 'the console'} cannot be written: {error.strerror or error}") from None
     except Exception as error:
         if world.watch:  # a bug, or a collective that broke because another rank is gone
             world.watch.fail(error)
@@ -60,35 +64,28 @@ def _train(config: Config, recipe: str, world: World, fetched: str | None) -> in
             journal.say(f"{run_dir} is finished (step {done}); nothing to do")
         return 0
     trainer.prepare()  # collective
-    if journal:
-        _describe(config, world, dataset, trainer, journal, resumed=bool(saved))
+    world.together(lambda: _describe(config, world, dataset, trainer, resumed=bool(saved)))  # collective
     _start_trackers(config, world, run_dir, journal)  # collective
 
-    if world.watch and journal:
-        world.watch.on_verdict = lambda text: journal.record("failed", step=trainer.state.step, reason=text)
+    def record_failure(reason: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk may be the very reason
+            if journal:
+                journal.record("failed", step=trainer.state.step, reason=reason)
+
+    if world.watch:
+        world.watch.on_verdict = record_failure
     try:
         stopped_by = trainer.train()  # collective
-        if journal and not stopped_by:
-            _finish(config, trainer, journal)
+        world.together(lambda: _stop(trainer, stopped_by) if stopped_by else _finish(config, trainer))  # collective
     except RunError as error:
-        if journal:
-            journal.record("failed", step=trainer.state.step, reason=str(error))
+        record_failure(str(error))
         raise
     finally:
         if journal:
             journal.stop_progress()
     if config.log_with:
         world.accelerator.end_training()  # collective
-    if not stopped_by:
-        return 0
-    if journal:
-        journal.record("stop", step=trainer.state.step, reason=stopped_by)
-        (run_dir / "STOP").unlink(missing_ok=True)
-        journal.say(
-            f"stopped at step {trainer.state.step} of {trainer.total_steps} by {stopped_by}; "
-            f"to go on, start it again with run_dir={run_dir}"
-        )
-    return STOPPED
+    return STOPPED if stopped_by else 0
 
 
 def _load_dataset(config: Config, world: World, fetched: str | None) -> Dataset:
@@ -159,10 +156,10 @@ def _resume(config: Config, dataset: Dataset, trainer: Trainer, saved: bytes) ->
             trainer.journal.say(f"changed since the checkpoint: {line}")
 
 
-def _describe(
-    config: Config, world: World, dataset: Dataset, trainer: Trainer, journal: Journal, *, resumed: bool
-) -> None:
-    """Say and record what is about to run, on what."""
+def _describe(config: Config, world: World, dataset: Dataset, trainer: Trainer, *, resumed: bool) -> None:
+    """Say and record what is about to run, on what. Only rank 0 does anything, here and in the next two."""
+    if not (journal := trainer.journal):
+        return
     run_dir = trainer.run_dir
     (run_dir / "DONE").unlink(missing_ok=True)  # more steps are asked for than it had
     rundir.write_atomically(run_dir / "config.yaml", config.to_yaml())
@@ -200,8 +197,10 @@ def _describe(
     journal.start_progress(trainer.total_steps, step)
 
 
-def _finish(config: Config, trainer: Trainer, journal: Journal) -> None:
+def _finish(config: Config, trainer: Trainer) -> None:
     """The last figures, and DONE."""
+    if not (journal := trainer.journal):
+        return
     state, run_dir = trainer.state, trainer.run_dir
     # A run that was killed between its last checkpoint and DONE comes here without having evaluated.
     evaluation = trainer.evaluation or trainer.evaluate_on(trainer.held_out)
@@ -218,6 +217,20 @@ def _finish(config: Config, trainer: Trainer, journal: Journal) -> None:
         f"{trainer.dataset.held_out_name} accuracy {100 * evaluation.accuracy:.2f} % ({evaluation.correct:,} of "
         f"{evaluation.count:,}) after {state.step} steps, {state.seconds:.1f} s of training; "
         f"weights in {trainer.last_good}/{checkpoint.MODEL}"
+    )
+
+
+def _stop(trainer: Trainer, reason: str) -> None:
+    """The last words of a run that can go on."""
+    if not (journal := trainer.journal):
+        return
+    state, run_dir = trainer.state, trainer.run_dir
+    journal.stop_progress()
+    journal.record("stop", step=state.step, reason=reason)
+    (run_dir / "STOP").unlink(missing_ok=True)
+    journal.say(
+        f"stopped at step {state.step} of {trainer.total_steps} by {reason}; "
+        f"to go on, start it again with run_dir={run_dir}"
     )
 
 

@@ -76,6 +76,7 @@ class Trainer:
             self.held_out = dataset.held_out.to(world.device)
 
         self.stop_reason = ""  # why this very rank wants to stop
+        self.scaler: torch.amp.GradScaler | None = None  # Accelerate's, for fp16
         self.losses: list[Tensor] = []  # this rank's part of each step's loss since the last pulse
         self.pulse_step = 1  # the step after which the ranks meet next
         self.skipped_in_a_row = 0
@@ -85,7 +86,12 @@ class Trainer:
 
     def prepare(self) -> None:
         """Wrap model and optimizer, and only these, once a checkpoint's state is in them. Collective."""
-        self.model, self.optimizer = self.accelerator.prepare(self.network, self.optimizer)  # collective
+        self.model, prepared = self.accelerator.prepare(self.network, self.optimizer)  # collective
+        self.scaler = self.accelerator.scaler
+        # The prepared optimizer is there for the scaler's sake, and looks for packages that are not installed at every
+        # step: a tenth of a millisecond, which is a twentieth of the MLP's step.
+        if self.scaler:
+            self.optimizer = prepared
 
     def train(self) -> str:
         """Train until the run is finished or asked to stop. Collective.
@@ -141,17 +147,13 @@ class Trainer:
             is_last = start + size >= len(labels)
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 logits = self.model(images[piece])
-                losses = F.cross_entropy(
-                    logits, labels[piece], label_smoothing=config.label_smoothing, reduction="none"
-                )
-                if share.weights is not None:
-                    losses = losses * share.weights[piece]
+                weights = None if share.weights is None else share.weights[piece]
                 # Over the true size of the global batch, and times the world size, since DDP takes the mean of the
                 # ranks' gradients: together that is the gradient of the global mean, the short last batch included.
-                loss = losses.sum() * (self.world.size / share.num_images)
+                loss = self.sum_of_losses(logits, labels[piece], weights) * (self.world.size / share.num_images)
                 if is_last:
                     self.world.at(self.state.step, Phase.EXCHANGING)
-                self.accelerator.backward(loss)  # collective, in the last piece
+                (self.scaler.scale(loss) if self.scaler else loss).backward()  # collective, in the last piece
             step_loss += loss.detach()
         if config.clip_grad_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm)
@@ -166,6 +168,13 @@ class Trainer:
                 self.ema.update_parameters(self.network)
         self.losses.append(step_loss)
         self.state.step += 1
+
+    def sum_of_losses(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        """Cross-entropy, nats, summed over the images [n]; those of weight 0 are the sampler's repeats."""
+        smoothing = self.config.label_smoothing
+        if weights is None:
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+        return (F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none") * weights).sum()
 
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
@@ -287,7 +296,7 @@ class Trainer:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
             "config": self.config.model_dump(mode="json"),
             "dataset": {"name": self.dataset.name, "fingerprint": self.dataset.fingerprint},
         }
