@@ -18,8 +18,8 @@ from mnist_dist.launcher import check_batch, check_launcher, launched_world_size
 KEYS = "configuration keys, with their defaults:\n" + describe_keys()
 EXAMPLES = """\
 examples:
-  accelerate launch train.py                                     the CNN, on every GPU here, or on the CPU
-  accelerate launch train.py configs/mlp.yaml lr=2e-3 epochs=3   another recipe, two keys changed
+  accelerate launch train.py                            the CNN, on every GPU here, or the CPU
+  accelerate launch train.py configs/mlp.yaml lr=2e-3   another recipe, one key changed
   mnist-dist evaluate runs/latest
   mnist-dist fetch dataset=fashion-mnist data_dir=/shared/data
 """

@@ -8,6 +8,8 @@ neither torch nor accelerate, so `--help` and a refusal come at once.
 import difflib
 import os
 import re
+import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
@@ -328,12 +330,14 @@ def check_keys(arguments: Sequence[str], allowed: Sequence[str]) -> None:
 
 def describe_keys() -> str:
     """The keys with default and meaning, for `--help`."""
-    lines = []
+    lines: list[str] = []
+    width = max(shutil.get_terminal_size().columns - 1, 60)
     for key, field in Config.model_fields.items():
         default = field.get_default(call_default_factory=True, validated_data={})
         shown = str(default).lower() if isinstance(default, bool) else "[]" if default == () else default
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
         text = f"{field.description}" + (f" ({', '.join(choices)})" if choices else "")
         pair = f"{key}={'' if shown is None else shown}"
-        lines.append(f"  {pair:<28} {text}")
+        indent, hang = f"  {pair:<26} ", " " * 29
+        lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=hang, break_on_hyphens=False)
     return "\n".join(lines)

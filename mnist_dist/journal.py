@@ -81,10 +81,10 @@ class Journal:
         if not self._has_header:
             self._has_header = True
             self.say(
-                f"{'epoch':>5} {'step':>8} {'train loss':>11} {split + ' loss':>15} {split + ' accuracy':>19} {'s':>8}"
+                f"{'epoch':>5} {'step':>8} {'train loss':>11} {split + ' loss':>16} {split + ' accuracy':>20} {'s':>8}"
             )
         accuracy = f"{100 * evaluation.accuracy:.2f} %"
-        self.say(f"{epoch + 1:>5} {step:>8} {loss:>11.4f} {evaluation.loss:>15.4f} {accuracy:>19} {seconds:>8.1f}")
+        self.say(f"{epoch + 1:>5} {step:>8} {loss:>11.4f} {evaluation.loss:>16.4f} {accuracy:>20} {seconds:>8.1f}")
 
     def stop_progress(self) -> None:
         """Take the bar down, if there is one."""
