@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import FORKS, become, clean_environment, free_port, losses, make_data, rank_environment, wait_for
+from tests.processes import is_alive
 
 ARGUMENTS = [
     *("dataset=synthetic", "epochs=3", "batch_size=50", "precision=no", "threads=1", "log_every_steps=1"),
@@ -47,14 +48,6 @@ def _be_launcher(folder: Path, data_dir: Path, world_size: int) -> None:
     (folder / "pids.new").rename(folder / "pids")
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
     os._exit(max(code % 256 for code in codes))
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def start(folder: Path, data_dir: Path, world_size: int) -> tuple[object, list[int]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY, TRAIN, clean_environment, has_steps, metrics, run_ranks, start_ranks, wait_for
-from tests.torture import is_alive
+from tests.processes import processes_of
 
 LONG = ["dataset=synthetic", "epochs=100000", "precision=no", "threads=1", "log_every_steps=1", "run_dir=run"]
 
@@ -22,18 +22,6 @@ def start(command: list[str], folder: Path, data_dir: Path, **environment: str) 
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT)
     wait_for(has_steps(folder / "run", 5))
     return process
-
-
-def processes_of(folder: Path) -> list[int]:
-    """Those that work in a folder."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if (entry / "cwd").readlink() == folder and is_alive(int(entry.name)):
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
 
 
 def assert_stopped_cleanly(folder: Path, reason: str) -> None:
