@@ -107,11 +107,12 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], training: dict[str
         _remove(temporary)
         raise
     _sync_folder(folder)
-    for old in _steps(folder)[keep:]:
-        # Under a temporary name first: a crash inside rmtree must not leave half a checkpoint under a good name.
-        doomed = folder / f"{_TEMPORARY}{old.name}"
-        old.rename(doomed)
-        _remove(doomed)
+    with contextlib.suppress(OSError):  # the new one is safe; what is not pruned now is pruned after the next
+        for old in _steps(folder)[keep:]:
+            # Under a temporary name first: a crash inside rmtree must not leave half a checkpoint under a good name.
+            doomed = folder / f"{_TEMPORARY}{old.name}"
+            old.rename(doomed)
+            _remove(doomed)
     return path
 
 

@@ -63,17 +63,39 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Flags first: argparse would take what stands after one for too much. None of them has a value.
+    given[1:] = sorted(given[1:], key=lambda argument: not argument.startswith("-"))
     try:
-        return _run(_parser().parse_args(arguments))
+        try:
+            return _run(_parser().parse_args(given))
+        finally:
+            _flush()
     except RequestError as error:
         _complain(error)
+        return 2
+    except UnicodeEncodeError as error:
+        _complain(RequestError(f"{error.object!a} has characters in it that this terminal's encoding does not"))
         return 2
     except RunError as error:
         _complain(error)
         return 1
+    except KeyboardInterrupt:  # training notes it and stops in order; here there is nothing to save
+        return 130
     except BrokenPipeError:  # the reader of the output went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _flush() -> None:
+    """Write out what was printed, while a reader that went away or a full disk is still no traceback."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter tries again when it ends
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise RunError(f"the output cannot be written: {error.strerror}") from None
 
 
 def _complain(error: Exception) -> None:

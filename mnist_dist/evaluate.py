@@ -40,7 +40,7 @@ class Evaluation:
         n, p, z = self.count, self.accuracy, 1.959963984540054
         centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         scale = 1 + z * z / n
-        return (centre - half) / scale, (centre + half) / scale
+        return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
 
     def record(self) -> dict[str, Any]:
         """The figures of one `eval` line of metrics.jsonl."""

@@ -22,12 +22,13 @@ LINE_EVERY_S = 5.0  # seconds between progress lines in a log file
 
 
 class Journal:
-    """Writes what happened. Raises OSError, which names the file, when the run directory can't take it."""
+    """Writes what happened. Raises OSError, which names the file or the console, when it can't take it."""
 
     def __init__(self, run_dir: Path, track: Callable[[dict[str, Any], int], None] | None = None) -> None:
         self.run_dir = run_dir
         self.track = track
-        self.console = Console(highlight=False, soft_wrap=True)
+        # isatty alone decides: FORCE_COLOR, which many CIs set, would make rich draw a bar into a log file.
+        self.console = Console(highlight=False, soft_wrap=True, emoji=False, force_terminal=sys.stdout.isatty())
         self._metrics = _Lines(run_dir / "metrics.jsonl")
         self._log = _Lines(run_dir / "console.log")
         self._bar: Progress | None = None
@@ -39,6 +40,8 @@ class Journal:
         """One line for a person, to the console and console.log."""
         try:
             self.console.print(text, markup=False)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "the console") from None
         finally:  # the one may be on a full disk and the other not
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
@@ -53,7 +56,7 @@ class Journal:
 
     def start_progress(self, total_steps: int, step: int) -> None:
         """Show a bar from now on, if this is a terminal."""
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),

@@ -1,6 +1,7 @@
 """The verb `evaluate`: a finished or running run, one checkpoint, or a bare model.safetensors."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ from mnist_dist.world import usable_cores
 
 def report(path: Path, overrides: dict[str, Any], *, as_json: bool) -> None:
     """Print loss, accuracy with its 95 % interval and confusion matrix. Raises RequestError."""
-    if not path.exists():
+    try:
+        is_there = path.exists()
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    if not is_there:
         raise RequestError(f"there is no {path}; give a run's folder, a checkpoint's, or a .safetensors file")
     source, weights, trained_on = _read(path)
     config = _config(source, overrides | ({} if "dataset" in overrides else trained_on))
@@ -39,8 +44,10 @@ def report(path: Path, overrides: dict[str, Any], *, as_json: bool) -> None:
             "dataset": dataset.name,
             "split": dataset.held_out_name,
         }
-        figures = {"accuracy_95": [low, high], "confusion": result.confusion.tolist()}
-        print(json.dumps(about | result.record() | figures))
+        figures: dict[str, Any] = {"accuracy_95": [low, high], "confusion": result.confusion.tolist()}
+        if not math.isfinite(result.loss):
+            figures["loss"] = None  # as in metrics.jsonl: JSON has no NaN
+        print(json.dumps(about | result.record() | figures, allow_nan=False))
         return
     print(f"{source}: {name} on {dataset.name}, {dataset.held_out_name}")
     print(_table(result))
@@ -66,10 +73,11 @@ def _read(path: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
 
 def _config(weights_file: Path, overrides: dict[str, Any]) -> Config:
     """The configuration of the run that the weights lie in, if they lie in one, with the overrides."""
-    for folder in weights_file.absolute().parents[:3]:
-        if (folder / "config.yaml").is_file():
-            run, _ = load([str(folder / "config.yaml")])
-            return build(run.model_dump() | overrides)
+    checkpoints = weights_file.absolute().parent.parent
+    run_dir = checkpoints.parent
+    if checkpoints.name == "checkpoints" and (run_dir / "config.yaml").is_file():
+        run, _ = load([str(run_dir / "config.yaml")])
+        return build(run.model_dump() | overrides)
     return build(overrides)
 
 

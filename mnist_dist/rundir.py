@@ -31,14 +31,16 @@ def create(recipe: str) -> Path:
     stem = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 1
     try:
+        RUNS.mkdir(parents=True, exist_ok=True)  # apart, so that a FileExistsError below is the run's own name
         while True:
             path = RUNS / (stem if number == 1 else f"{stem}-{number}")
             try:
-                path.mkdir(parents=True)
+                path.mkdir()
                 break
             except FileExistsError:
                 number += 1
         link = RUNS / f".latest-{os.getpid()}"
+        link.unlink(missing_ok=True)  # a crash's; in containers process ids come again
         link.symlink_to(path.name)
         link.replace(RUNS / "latest")
     except OSError as error:

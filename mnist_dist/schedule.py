@@ -10,8 +10,9 @@ def learning_rate(step: int, total_steps: int, peak: float, kind: str, warmup: f
 
     It climbs linearly to `peak` over the first `warmup` share of the steps, then stays there ("constant"), falls
     along half a cosine ("cosine") or along a line ("one-cycle") that would reach zero one step after the last.
-    The same as torch's LinearLR + ConstantLR/CosineAnnealingLR and OneCycleLR(anneal_strategy="linear") over
-    total_steps + 1.
+    Where warmup * total_steps is whole, the first two are torch's LinearLR followed by ConstantLR or
+    CosineAnnealingLR. The third is always OneCycleLR(anneal_strategy="linear", final_div_factor=inf) over
+    total_steps + 1 with its peak at the same place: pct_start = (warmup * total_steps + 1) / (total_steps + 1).
     """
     warmup_steps = warmup * total_steps
     if step < warmup_steps:

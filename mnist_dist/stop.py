@@ -3,13 +3,15 @@
 `install` is called before torch is imported: imports take seconds, and an early SIGUSR1 would kill the process.
 A handler only notes the signal; the loop asks `reason` at step boundaries, so nothing is ever saved or torn down
 inside a handler. A second SIGINT, a second or more after the first, ends the process at once (torchrun forwards
-the terminal's own Ctrl-C a second time within milliseconds, which must not count).
+the terminal's own Ctrl-C a second time within milliseconds, which must not count). A thread sees to that, since a
+main thread that is stuck in a collective runs no handlers.
 
 A rank whose launcher has died stops too: nobody would ever restart or collect it.
 """
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -17,13 +19,20 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 _received: list[str] = []
-_first_interrupt_s = 0.0
+_is_installed = False
 _launcher: int | None = None
 
 
 def install() -> None:
     """Note the stop signals from now on. Main thread only."""
-    global _launcher
+    global _launcher, _is_installed
+    if _is_installed:
+        return  # by train.py, before the imports; the launcher may have gone since
+    _is_installed = True
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # the interpreter writes each signal's number into it
+    threading.Thread(target=_end_at_second_interrupt, args=(reader,), name="stop", daemon=True).start()
     for number in SIGNALS:
         if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
             continue  # nohup asked for exactly that; for the other signals a launcher's "ignore" only bridges the start
@@ -33,14 +42,18 @@ def install() -> None:
 
 
 def _note(number: int, _frame: FrameType | None) -> None:
-    global _first_interrupt_s
-    if number == signal.SIGINT:
-        now = time.monotonic()
-        if _first_interrupt_s and now - _first_interrupt_s >= 1.0:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
-        _first_interrupt_s = _first_interrupt_s or now
     _received.append(signal.Signals(number).name)
+
+
+def _end_at_second_interrupt(signals: int) -> None:
+    first_s = 0.0
+    while True:
+        for number in os.read(signals, 64):
+            now = time.monotonic()
+            if number == signal.SIGINT and first_s and now - first_s >= 1.0:
+                os._exit(128 + signal.SIGINT)
+            if number == signal.SIGINT:
+                first_s = first_s or now
 
 
 def reason(run_dir: Path | None) -> str:

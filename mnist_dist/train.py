@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_available_trackers
 
 from mnist_dist import checkpoint, rundir
 from mnist_dist.config import IDENTITY, Config
@@ -26,7 +26,6 @@ STOPPED = 3  # the exit code of a run that stopped on request and can go on
 
 def train(config: Config, recipe: str) -> int:
     """Train, and return the exit code: 0 finished, STOPPED on request. Raises RequestError and RunError."""
-    _check_trackers(config)
     # One rank of each machine fetches, under a lock in case machines share the folder, and before the ranks join:
     # so no time-out of a collective hangs over a slow download.
     fetched = None
@@ -40,7 +39,7 @@ def train(config: Config, recipe: str) -> int:
         raise
     except OSError as error:  # rank 0's, after the last collective
         world.leave()
-        raise RunError(f"{error.filename or 'the console'} cannot be written: {error.strerror or error}") from None
+        raise RunError(f"{error.filename}: {error.strerror or error}") from None
     except Exception as error:
         if world.watch:  # a bug, or a collective that broke because another rank is gone
             world.watch.fail(error)
@@ -50,6 +49,7 @@ def train(config: Config, recipe: str) -> int:
 
 
 def _train(config: Config, recipe: str, world: World, fetched: str | None) -> int:
+    world.together(lambda: _check_trackers(config))  # collective
     dataset = _load_dataset(config, world, fetched)  # collective
     run = world.together(lambda: _open_run(config, recipe) if world.is_main else None)  # collective
     journal = run.journal if run else None
@@ -65,7 +65,8 @@ def _train(config: Config, recipe: str, world: World, fetched: str | None) -> in
         return 0
     trainer.prepare()  # collective
     world.together(lambda: _describe(config, world, dataset, trainer, resumed=bool(saved)))  # collective
-    _start_trackers(config, world, run_dir, journal)  # collective
+    if config.log_with:
+        _start_trackers(config, world, run_dir, journal)  # collective
 
     def record_failure(reason: str) -> None:
         with contextlib.suppress(OSError):  # a full disk may be the very reason
@@ -83,8 +84,8 @@ def _train(config: Config, recipe: str, world: World, fetched: str | None) -> in
     finally:
         if journal:
             journal.stop_progress()
-    if config.log_with:
-        world.accelerator.end_training()  # collective
+    for tracker in world.accelerator.trackers:
+        tracker.finish()  # not end_training, which takes the process group down as well
     return STOPPED if stopped_by else 0
 
 
@@ -235,27 +236,21 @@ def _stop(trainer: Trainer, reason: str) -> None:
 
 
 def _check_trackers(config: Config) -> None:
+    installed = [str(tracker) for tracker in get_available_trackers()]
     for name in config.log_with:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise RequestError(f"log_with={name} is no tracker; Accelerate knows {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if name not in installed:
+            raise RequestError(
+                f"log_with={name} is not installed here; `pip install {name}`, or mnist-dist[tracking] for tensorboard"
+            )
 
 
 def _start_trackers(config: Config, world: World, run_dir: Path, journal: Journal | None) -> None:
     """Start Accelerate's trackers, which write on rank 0 only. Collective."""
-    if not config.log_with:
-        return
     accelerator = world.accelerator
     accelerator.project_configuration.set_directories(str(run_dir))
-
-    def start() -> None:
-        accelerator.log_with = filter_trackers(list(config.log_with), str(run_dir))
-        if len(accelerator.log_with) != len(config.log_with):
-            raise RequestError(
-                f"a tracker of log_with={list(config.log_with)} is not installed; `pip install mnist-dist[tracking]` "
-                "brings tensorboard"
-            )
-
-    world.together(start)  # collective
+    accelerator.log_with = filter_trackers(list(config.log_with), str(run_dir))
     settings = {k: v if isinstance(v, int | float) else str(v) for k, v in config.model_dump(mode="json").items()}
     accelerator.init_trackers("tracking", config=settings)  # collective
     if journal:

@@ -208,7 +208,6 @@ def join(config: Config) -> World:
             mixed_precision=precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_plugin=TorchDynamoPlugin(backend=DynamoBackend.NO),
-            log_with=list(config.log_with) or None,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
         torch.set_num_threads(threads)  # Accelerate sets it to one where the launcher left it open

@@ -316,3 +316,13 @@ def test_two_unconnected_processes_are_refused(data_dir: Path, tmp_path: Path) -
     assert result.returncode != 0
     assert "`accelerate launch` was asked for several CPU processes and started one" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_gets_every_recorded_step(data_dir: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = run_ranks([*COMMON, f"data_dir={data_dir}", "epochs=2", "log_with=[tensorboard]"], tmp_path, world_size=2)
+    assert result.code == 0, result.output
+    events = accumulator.EventAccumulator(str(tmp_path / "run" / "tracking"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(losses(tmp_path / "run"))
+    assert [e.step for e in events.Scalars("test/accuracy")] == [16, 32]
