@@ -77,6 +77,7 @@ def _train(config: Config, recipe: str, world: World, fetched: str | None) -> in
         world.watch.on_verdict = record_failure
     try:
         stopped_by = trainer.train()  # collective
+        world.together(trainer.check_failure)  # collective
         world.together(lambda: _stop(trainer, stopped_by) if stopped_by else _finish(config, trainer))  # collective
     except RunError as error:
         record_failure(str(error))

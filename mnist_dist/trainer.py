@@ -8,7 +8,8 @@ the losses, whether to stop, whether to save, and when to meet again. What all r
 
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ class Trainer:
             self.held_out = dataset.held_out.to(world.device)
 
         self.stop_reason = ""  # why this very rank wants to stop
+        self.failure = ""  # why it can't go on: on rank 0, a record that could not be written
         self.scaler: torch.amp.GradScaler | None = None  # Accelerate's, for fp16
         self.losses: list[Tensor] = []  # this rank's part of each step's loss since the last pulse
         self.pulse_step = 1  # the step after which the ranks meet next
@@ -136,7 +138,7 @@ class Trainer:
             affine, knots = self.augmentation.draw(epoch, step_in_epoch, share.num_images)
             mine = share.positions.clamp(max=share.num_images - 1)
             images = self.augmentation.warp(images, affine[mine], knots[mine])
-        lr = self.learning_rate()
+        lr = self.learning_rate(self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
@@ -176,9 +178,9 @@ class Trainer:
             return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
         return (F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none") * weights).sum()
 
-    def learning_rate(self) -> float:
-        """The learning rate of the next step."""
-        config, update = self.config, self.state.step - self.state.skipped
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step; those that were skipped do not move the schedule."""
+        config, update = self.config, step - self.state.skipped
         return learning_rate(update, self.total_steps, config.lr, config.schedule, config.warmup)
 
     def pulse(self) -> tuple[list[float], bool, bool]:
@@ -190,7 +192,7 @@ class Trainer:
         self.losses.clear()
         every_s = self.config.checkpoint_every_s
         is_main = self.world.is_main
-        self.stop_reason = stop.reason(self.run_dir if is_main else None)
+        self.stop_reason = self.failure or stop.reason(self.run_dir if is_main else None)
         votes = torch.tensor(
             [
                 bool(self.stop_reason),
@@ -210,17 +212,31 @@ class Trainer:
 
     def log_steps(self, epoch: int, losses: list[float], num_images: int) -> None:
         """Record the steps since the last pulse that `log_every_steps` asks for."""
-        if not self.journal:
+        journal = self.journal
+        if not journal:
             return
         first = self.state.step - len(losses)
         elapsed = max(time.monotonic() - self.window_s, 1e-9)
         rate = num_images / elapsed
-        for step, loss in enumerate(losses, first):
-            if step % self.config.log_every_steps == 0 or step == self.total_steps - 1:
-                update = step - self.state.skipped
-                lr = learning_rate(update, self.total_steps, self.config.lr, self.config.schedule, self.config.warmup)
-                self.journal.record("step", step=step, epoch=epoch, loss=loss, lr=lr, images_per_s=rate)
-        self.journal.progress(epoch, self.config.epochs, self.state.step, self.total_steps, losses[-1], rate)
+        with self.keeping_record():
+            for step, loss in enumerate(losses, first):
+                if step % self.config.log_every_steps == 0 or step == self.total_steps - 1:
+                    lr = self.learning_rate(step)
+                    journal.record("step", step=step, epoch=epoch, loss=loss, lr=lr, images_per_s=rate)
+            journal.progress(epoch, self.config.epochs, self.state.step, self.total_steps, losses[-1], rate)
+
+    @contextmanager
+    def keeping_record(self) -> Iterator[None]:
+        """Where the record can't be written, rank 0 asks all ranks to stop at the next pulse, which saves first."""
+        try:
+            yield
+        except OSError as error:
+            self.failure = self.failure or f"{error.filename} could not be written: {error.strerror or error}"
+
+    def check_failure(self) -> None:
+        """Raises RunError on the rank that could not go on."""
+        if self.failure:
+            raise RunError(f"{self.failure}; the last good checkpoint is {self.last_good}")
 
     def check_finite(self, losses: list[float]) -> None:
         """Stop every rank where the loss is not a number any more: they all see the same losses."""
@@ -247,9 +263,10 @@ class Trainer:
         self.world.at(self.state.step, Phase.EVALUATING)
         self.evaluation = self.evaluate_on(self.held_out)
         split = self.dataset.held_out_name
-        if self.journal:
-            self.journal.record("eval", step=self.state.step, epoch=epoch, split=split, **self.evaluation.record())
-            self.journal.epoch(epoch, self.state.step, train_loss, split, self.evaluation, self.state.seconds)
+        if journal := self.journal:
+            with self.keeping_record():
+                journal.record("eval", step=self.state.step, epoch=epoch, split=split, **self.evaluation.record())
+                journal.epoch(epoch, self.state.step, train_loss, split, self.evaluation, self.state.seconds)
 
     def evaluate_on(self, split: Split) -> Evaluation:
         """Evaluate the bare network, in fp32. Rank 0 only."""

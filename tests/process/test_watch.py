@@ -25,7 +25,7 @@ LONG = [
 def run_and_hurt(folder: Path, data_dir: Path, world_size: int, hurt: Callable[[int], None], victim: int) -> Result:
     """Start a long run, do something to one rank's process, and see how it ends."""
     log = folder / "output.txt"
-    ranks = start_ranks([*LONG, f"data_dir={data_dir}", "timeout_s=4"], log, world_size=world_size)
+    ranks = start_ranks([*LONG, f"data_dir={data_dir}", "timeout_s=10"], log, world_size=world_size)
     wait_for(has_steps(folder / "run", 20))
     pid = ranks[victim].pid
     assert pid
@@ -56,16 +56,16 @@ def test_a_frozen_rank_is_named_once(data_dir: Path, tmp_path: Path, victim: int
     assert f"rank {victim} on {os.uname().nodename} does not answer" in result.output
 
 
-def _hang_in_step(step: int, arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+def _hang_in_step(last: int, arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     """Be rank 1 of a run, and stop computing at a step, with the process alive."""
     from mnist_dist.trainer import Trainer
 
     learning_rate = Trainer.learning_rate
 
-    def hang(self: Trainer) -> float:
-        if self.state.step == step and self.world.rank == 1:
+    def hang(self: Trainer, step: int) -> float:
+        if step == last and self.world.rank == 1:
             time.sleep(1000)
-        return learning_rate(self)
+        return learning_rate(self, step)
 
     Trainer.learning_rate = hang  # type: ignore[method-assign]
     become(arguments, folder, log, environment)
@@ -74,11 +74,11 @@ def _hang_in_step(step: int, arguments: list[str], folder: Path, log: Path, envi
 def test_a_hanging_rank_is_named_with_what_each_did(data_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / "output.txt"
     target = functools.partial(_hang_in_step, 10)
-    ranks = start_ranks([*LONG, f"data_dir={data_dir}", "timeout_s=4"], log, world_size=2, target=target)
+    ranks = start_ranks([*LONG, f"data_dir={data_dir}", "timeout_s=10"], log, world_size=2, target=target)
     result = wait_ranks(ranks, log)
     assert result.code == 1
     assert "rank 1 on " in result.output
-    assert "hangs, and nothing has moved for timeout_s=4 s" in result.output
+    assert "hangs, and nothing has moved for timeout_s=10 s" in result.output
     assert "rank 0 was exchanging gradients, step 10" in result.output
     assert "rank 1 was computing, step 10" in result.output
     assert result.output.count("mnist-dist:") == 1
