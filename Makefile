@@ -20,9 +20,11 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 	git ls-files '*.sh' | xargs $(BIN)/shellcheck -x
 
-# Write the golden loss curves anew; `git diff tests/golden` then shows what a change did to them.
+# Write the golden files anew: loss curves, and (as root, with SLURM) command lines. `git diff tests/golden` then shows
+# what a change did to them.
 golden: $(VENV)/.dev
 	$(BIN)/python -m tests.golden
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.slurm.commands
 
 # The whole kill campaign: 200 runs with one rank, 50 with two, about half an hour.
 torture: $(VENV)/.dev

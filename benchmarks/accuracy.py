@@ -6,7 +6,7 @@ python -m benchmarks.accuracy configs/cnn.yaml --seeds 0 1 2 3 4 [--json FILE] [
 import argparse
 import statistics
 
-from benchmarks.common import processor, train, write
+from benchmarks.common import processor, show, train, write
 
 
 def main() -> None:
@@ -23,9 +23,7 @@ def main() -> None:
         done = train([options.recipe, f"seed={seed}", *options.overrides])
         last = {e["split"]: 100 * e["accuracy"] for e in done["evaluations"]}
         rows.append({"seed": seed, "seconds": done["seconds"], "precision": done["precision"], **last})
-        print(
-            "  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True
-        )
+        show(rows[-1])
     summary = {}
     for key in (key for key in rows[0] if key not in ("seed", "precision")):
         values = [float(row[key]) for row in rows]

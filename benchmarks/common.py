@@ -27,15 +27,18 @@ def processor() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def train(arguments: list[str]) -> dict[str, Any]:
-    """Run train.py in a process of its own, in a new run directory; returns DONE, with its evaluations and peak memory.
+def train(arguments: list[str], ranks: int = 1) -> dict[str, Any]:
+    """Run the job as a user would, in a new run directory; returns DONE, with its records and peak memory.
 
     Raises SystemExit with its output where it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(REPOSITORY / "train.py"), *arguments]
+        command = [str(REPOSITORY / "launch" / "local.sh"), *arguments]
         command += [f"data_dir={data_dir()}", f"run_dir={folder}/run"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        environment = os.environ | {"NPROC": str(ranks), "PYTHON": sys.executable}
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         output = process.stdout.read() if process.stdout else ""
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -44,10 +47,16 @@ def train(arguments: list[str]) -> dict[str, Any]:
         done: dict[str, Any] = json.loads(Path(folder, "run/DONE").read_text())
         lines = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
         done["evaluations"] = [line for line in lines if line["event"] == "eval"]
+        done["steps"] = [line for line in lines if line["event"] == "step"]
         done["images"] = next(line["images"] for line in lines if line["event"] == "start")
         done["precision"] = next(line["precision"] for line in lines if line["event"] == "start")
         done["peak_bytes"] = usage.ru_maxrss * 1024
         return done
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print one row of figures at once."""
+    print("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
 
 
 def write(path: str, results: dict[str, Any]) -> None:

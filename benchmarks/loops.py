@@ -57,7 +57,7 @@ def _loader(model: str, data_dir: str, *, normalise: bool) -> Any:
     steps: list[Any] = [transforms.ToTensor()]
     if normalise:
         steps.append(transforms.Normalize((0.1307,), (0.3081,)))
-    images = datasets.MNIST(data_dir, train=True, transform=transforms.Compose(steps))
+    images = datasets.MNIST(data_dir, train=True, download=True, transform=transforms.Compose(steps))  # only unpacks
     return DataLoader(images, batch_size=BATCH_SIZE[model], shuffle=True)
 
 

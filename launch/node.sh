@@ -22,7 +22,7 @@ for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT; do
 done
 [[ $NNODES =~ ^[1-9][0-9]*$ ]] || refuse "NNODES=$NNODES is not a number of machines"
 [[ $NODE_RANK =~ ^[0-9]+$ && $NODE_RANK -lt $NNODES ]] || refuse "NODE_RANK=$NODE_RANK is not one of 0 to $((NNODES - 1))"
-getent hosts "$MASTER_ADDR" >/dev/null || refuse "MASTER_ADDR=$MASTER_ADDR cannot be resolved on $(hostname)"
+getent ahosts "$MASTER_ADDR" >/dev/null || refuse "MASTER_ADDR=$MASTER_ADDR cannot be resolved on $(hostname)"
 count_ranks
 check_request "$((NNODES * nproc))" "$@"
 [[ " $*" == *" run_dir="* ]] || refuse "run_dir= is missing; give the same one on each machine"

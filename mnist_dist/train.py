@@ -27,10 +27,14 @@ STOPPED = 3  # the exit code of a run that stopped on request and can go on
 def train(config: Config, recipe: str) -> int:
     """Train, and return the exit code: 0 finished, STOPPED on request. Raises RequestError and RunError."""
     # One rank of each machine fetches, under a lock in case machines share the folder, and before the ranks join:
-    # so no time-out of a collective hangs over a slow download.
-    fetched = None
+    # so no time-out of a collective hangs over a slow download. Where it fails that is said after they have joined:
+    # if this rank left alone, the others would wait for it.
+    fetched: str | RequestError | RunError | None = None
     if int(os.environ.get("LOCAL_RANK") or 0) == 0:
-        fetched = fetch(config.dataset, config.data_dir, mirror=config.mirror, missing=config.missing, say=warn)
+        try:
+            fetched = fetch(config.dataset, config.data_dir, mirror=config.mirror, missing=config.missing, say=warn)
+        except (RequestError, RunError) as error:
+            fetched = error
     world = join(config)  # collective
     try:
         code = _train(config, recipe, world, fetched)
@@ -48,9 +52,10 @@ def train(config: Config, recipe: str) -> int:
     return code
 
 
-def _train(config: Config, recipe: str, world: World, fetched: str | None) -> int:
+def _train(config: Config, recipe: str, world: World, fetched: str | RequestError | RunError | None) -> int:
+    name = world.together(lambda: _unless_error(fetched))  # collective
     world.together(lambda: _check_trackers(config))  # collective
-    dataset = _load_dataset(config, world, fetched)  # collective
+    dataset = _load_dataset(config, world, name)  # collective
     run = world.together(lambda: _open_run(config, recipe) if world.is_main else None)  # collective
     journal = run.journal if run else None
     run_dir, saved = world.broadcast((run.run_dir, run.saved) if run else None)  # collective
@@ -88,6 +93,12 @@ def _train(config: Config, recipe: str, world: World, fetched: str | None) -> in
     for tracker in world.accelerator.trackers:
         tracker.finish()  # not end_training, which takes the process group down as well
     return STOPPED if stopped_by else 0
+
+
+def _unless_error(fetched: str | RequestError | RunError | None) -> str | None:
+    if isinstance(fetched, Exception):
+        raise fetched
+    return fetched
 
 
 def _load_dataset(config: Config, world: World, fetched: str | None) -> Dataset:
