@@ -35,9 +35,7 @@ def main() -> None:
                 "apart_most": max(apart),
             }
         )
-        print(
-            "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True
-        )
+        show(rows[-1])
     write(options.json, {"rows": rows})
 
 
