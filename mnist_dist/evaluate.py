@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mnist_dist.data import Split
 
-BATCH_SIZE = 1000  # images at once; the result does not depend on it beyond float rounding
+BATCH_SIZE = 250  # images at once, which bounds the memory; the result does not depend on it beyond float rounding
 
 
 @dataclass(frozen=True)

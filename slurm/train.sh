@@ -170,7 +170,10 @@ again="submit it again with run_dir=$run_dir to go on from its last checkpoint"
 last=$(tail -n "+$((${num_lines:-0} + 1))" "$run_dir/metrics.jsonl" 2>/dev/null | tail -n 1 || true)
 cause=""
 case $last in
-  '{"event": "done"'*) finish 0 "finished" ;;
+  '{"event": "done"'*)
+    rm -f "$run_dir/STOP" # it came when there was nothing left to be stopped
+    finish 0 "finished"
+    ;;
   '{"event": "stop"'*) cause="it was asked to stop" ;;
   '{"event": "failed"'*"does not answer"* | '{"event": "failed"'*"lost touch"*) cause="a rank was lost" ;;
   '{"event": "failed"'*) code=1 ;; # srun may say 143, from ending a rank that was about to leave

@@ -22,7 +22,7 @@ from tests.processes import is_alive
 
 ARGUMENTS = [
     *("dataset=synthetic", "epochs=3", "batch_size=50", "precision=no", "threads=1", "log_every_steps=1"),
-    *("optimizer=sgd", "lr=2e-3", "checkpoint_every_s=0.05", "timeout_s=60", "run_dir=run"),
+    *("optimizer=sgd", "lr=2e-3", "checkpoint_every_s=0.05", "timeout_s=20", "run_dir=run"),
 ]
 MAX_FAULTS = 4  # a run; then it may finish
 FAULTS = ("kill one rank", "kill all ranks", "kill the launcher", "kill in a save", "SIGTERM", "SIGUSR1", "STOP")
