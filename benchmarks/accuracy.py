@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--json", default="", metavar="FILE")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     rows = []
     print(f"{options.recipe} {' '.join(options.overrides)}\n{processor()}")
     for seed in options.seeds:

@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", default="", metavar="FILE")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     print(f"{options.recipe} {' '.join(options.overrides)}\n{processor()}")
     rows = []
     first: list[float] = []
