@@ -132,7 +132,7 @@ class Trainer:
         """One optimizer step on one global batch. Collective: DDP's all-reduce is in the last backward pass."""
         config, share = self.config, self.shares.cut(order, step_in_epoch)
         self.world.at(self.state.step, Phase.COMPUTING)
-        images = self.train_split.images.index_select(0, share.rows) / 255  # index_select: half the time of indexing
+        images = self.train_split.images.index_select(0, share.rows) / 255  # a quarter of indexing's time
         labels = self.train_split.labels.index_select(0, share.rows)
         if self.augmentation.enabled:
             affine, knots = self.augmentation.draw(epoch, step_in_epoch, share.num_images)
