@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], choices=["mlp", "cnn"])
     parser.add_argument("--precisions", nargs="+", default=["no", "bf16"], choices=["no", "bf16"])
-    parser.add_argument("--against", nargs="+", default=["tutorial", "bare"], choices=sorted(LOOPS))
+    parser.add_argument("--against", nargs="+", default=["tutorial", "bare", "bare_tuned"], choices=sorted(LOOPS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", default="", metavar="FILE")
     options = parser.parse_args()

@@ -127,6 +127,9 @@ class Config(BaseModel):
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="CPU threads of a rank; 0: its cores divided by the ranks that share them"
     )
+    graph: Literal["auto", "off"] = Field(
+        "auto", description="auto: replay each step as one CUDA graph where there is one GPU; off: never"
+    )
     timeout_s: Annotated[float, Field(gt=0)] = Field(
         300.0, description="seconds after which a rank that waits for the others gives up"
     )

@@ -68,7 +68,7 @@ def _train(config: Config, recipe: str, world: World, fetched: str | RequestErro
         if journal:
             journal.say(f"{run_dir} is finished (step {done}); nothing to do")
         return 0
-    trainer.prepare()  # collective
+    trainer.learner.prepare()  # collective
     world.together(lambda: _describe(config, world, dataset, trainer, resumed=bool(saved)))  # collective
     if config.log_with:
         _start_trackers(config, world, run_dir, journal)  # collective
@@ -200,7 +200,7 @@ def _describe(config: Config, world: World, dataset: Dataset, trainer: Trainer, 
         threads = torch.get_num_threads()
         where += f", {threads} thread{'s' * (threads > 1)}{' each' * (world.size > 1)}"
     journal.say(
-        f"{config.model} ({num_parameters(trainer.network):,} parameters) on {dataset.name} "
+        f"{config.model} ({num_parameters(trainer.learner.network):,} parameters) on {dataset.name} "
         f"({len(dataset.train.labels):,} images), {ranks} on {where}, precision {world.precision}"
     )
     journal.say(

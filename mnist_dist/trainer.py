@@ -9,25 +9,22 @@ the losses, whether to stop, whether to save, and when to meet again. What all r
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_dist import checkpoint, stop
-from mnist_dist.augment import Augmentation
 from mnist_dist.config import Config
 from mnist_dist.data import Dataset, Shares, Split
 from mnist_dist.errors import RequestError, RunError
 from mnist_dist.evaluate import Evaluation, evaluate
 from mnist_dist.journal import Journal
+from mnist_dist.learner import Learner
 from mnist_dist.models import build_model
 from mnist_dist.schedule import learning_rate
 from mnist_dist.watch import Phase
@@ -59,41 +56,26 @@ class Trainer:
             run_dir,
             journal,
         )
-        self.accelerator = world.accelerator
         self.state = State()
         self.shares = Shares(
             len(dataset.train.labels), config.batch_size, config.seed, world.rank, world.size, world.device
         )
         all_steps = config.epochs * self.shares.steps_per_epoch
         self.total_steps = min(all_steps, config.max_steps or all_steps)
-        self.augmentation = Augmentation(config, world.device)
         self.train_split = dataset.train.to(world.device)
-
-        self.network = build_model(config.model, config.seed).to(world.device)
-        self.optimizer: Any = build_optimizer(config, self.network)
-        self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
+        self.learner = Learner(config, world, self.train_split, journal.say if journal else lambda _: None)
         if world.is_main:  # a second network for evaluation, never wrapped and never in a lower precision
             self.bare = build_model(config.model, config.seed).to(world.device)
             self.held_out = dataset.held_out.to(world.device)
 
         self.stop_reason = ""  # why this very rank wants to stop
         self.failure = ""  # why it can't go on: on rank 0, a record that could not be written
-        self.scaler: torch.amp.GradScaler | None = None  # Accelerate's, for fp16
-        self.losses: list[Tensor] = []  # this rank's part of each step's loss since the last pulse
+        self.losses: list[Tensor] = []  # sums over this rank's images, of each step since the last pulse
         self.pulse_step = 1  # the step after which the ranks meet next
         self.skipped_in_a_row = 0
         self.saved_s = self.window_s = time.monotonic()
         self.last_good = "none yet"
         self.evaluation: Evaluation | None = None  # the latest, on rank 0
-
-    def prepare(self) -> None:
-        """Wrap model and optimizer, and only these, once a checkpoint's state is in them. Collective."""
-        self.model, prepared = self.accelerator.prepare(self.network, self.optimizer)  # collective
-        self.scaler = self.accelerator.scaler
-        # The prepared optimizer is there for the scaler's sake, and looks for packages that are not installed at every
-        # step: a tenth of a millisecond, which is a twentieth of the MLP's step.
-        if self.scaler:
-            self.optimizer = prepared
 
     def train(self) -> str:
         """Train until the run is finished or asked to stop. Collective.
@@ -129,54 +111,16 @@ class Trainer:
         return ""
 
     def train_step(self, order: Tensor, epoch: int, step_in_epoch: int) -> None:
-        """One optimizer step on one global batch. Collective: DDP's all-reduce is in the last backward pass."""
-        config, share = self.config, self.shares.cut(order, step_in_epoch)
-        self.world.at(self.state.step, Phase.COMPUTING)
-        images = self.train_split.images.index_select(0, share.rows) / 255  # a quarter of indexing's time
-        labels = self.train_split.labels.index_select(0, share.rows)
-        if self.augmentation.enabled:
-            affine, knots = self.augmentation.draw(epoch, step_in_epoch, share.num_images)
-            mine = share.positions.clamp(max=share.num_images - 1)
-            images = self.augmentation.warp(images, affine[mine], knots[mine])
-        lr = self.learning_rate(self.state.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
-        size = config.micro_batch or len(labels)
-        step_loss = torch.zeros((), device=images.device)
-        for start in range(0, len(labels), size):
-            piece = slice(start, start + size)
-            is_last = start + size >= len(labels)
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                logits = self.model(images[piece])
-                weights = None if share.weights is None else share.weights[piece]
-                # Over the true size of the global batch, and times the world size, since DDP takes the mean of the
-                # ranks' gradients: together that is the gradient of the global mean, the short last batch included.
-                loss = self.sum_of_losses(logits, labels[piece], weights) * (self.world.size / share.num_images)
-                if is_last:
-                    self.world.at(self.state.step, Phase.EXCHANGING)
-                (self.scaler.scale(loss) if self.scaler else loss).backward()  # collective, in the last piece
-            step_loss += loss.detach()
-        if config.clip_grad_norm:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.world.precision == "fp16" and self.accelerator.optimizer_step_was_skipped:
+        """One optimizer step on one global batch. Collective."""
+        self.world.at(Phase.COMPUTING, self.state.step)
+        share = self.shares.cut(order, step_in_epoch)
+        self.losses.append(self.learner.learn(share, epoch, step_in_epoch, self.learning_rate(self.state.step)))
+        if self.learner.was_skipped():
             self.state.skipped += 1
             self.skipped_in_a_row += 1
         else:
             self.skipped_in_a_row = 0
-            if self.ema:
-                self.ema.update_parameters(self.network)
-        self.losses.append(step_loss)
         self.state.step += 1
-
-    def sum_of_losses(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-        """Cross-entropy, nats, summed over the images [n]; those of weight 0 are the sampler's repeats."""
-        smoothing = self.config.label_smoothing
-        if weights is None:
-            return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
-        return (F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none") * weights).sum()
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step; those that were skipped do not move the schedule."""
@@ -185,8 +129,8 @@ class Trainer:
 
     def pulse(self) -> tuple[list[float], bool, bool]:
         """Meet the other ranks: the global mean loss of each step since the last pulse, stop?, save? Collective."""
-        self.world.at(self.state.step, Phase.MEETING)
-        losses = torch.stack(self.losses).double().cpu() / self.world.size  # on a GPU: the one point that waits for it
+        self.world.at(Phase.MEETING, self.state.step)
+        losses = torch.stack(self.losses).double().cpu()  # on a GPU: the one point that waits for it
         now = time.monotonic()
         elapsed, steps = now - self.window_s, len(self.losses)
         self.losses.clear()
@@ -205,7 +149,9 @@ class Trainer:
         agreed = torch.cat((votes, losses))
         if self.world.size > 1:
             dist.all_reduce(agreed)  # collective
-        stop_votes, save_due, interval, *means = agreed.tolist()
+        stop_votes, save_due, interval, *sums = agreed.tolist()
+        first = self.state.step - steps
+        means = [total / self.shares.count(step) for step, total in enumerate(sums, first)]
         self.pulse_step = self.state.step + int(interval)
         self.state.seconds += elapsed
         return means, stop_votes > 0, save_due > 0
@@ -260,7 +206,7 @@ class Trainer:
 
     def evaluate(self, epoch: int, train_loss: float) -> None:
         """Evaluate on the held-out images and report it. Rank 0 only; the others wait in the next collective."""
-        self.world.at(self.state.step, Phase.EVALUATING)
+        self.world.at(Phase.EVALUATING)
         self.evaluation = self.evaluate_on(self.held_out)
         split = self.dataset.held_out_name
         if journal := self.journal:
@@ -270,26 +216,22 @@ class Trainer:
 
     def evaluate_on(self, split: Split) -> Evaluation:
         """Evaluate the bare network, in fp32. Rank 0 only."""
-        self.bare.load_state_dict(self.weights())
+        self.bare.load_state_dict(self.learner.weights())
         return evaluate(self.bare, split)
-
-    def weights(self) -> dict[str, Tensor]:
-        """The weights that evaluation uses: the moving average's where there is one."""
-        return (self.ema.module if self.ema else self.network).state_dict()
 
     def save(self) -> None:
         """Write a checkpoint, on rank 0, and hear whether that went well. Collective."""
-        self.world.at(self.state.step, Phase.SAVING if self.world.is_main else Phase.WAITING)
+        self.world.at(Phase.SAVING if self.world.is_main else Phase.WAITING)
         self.world.together(self._save if self.world.is_main else lambda: None)  # collective
         self.saved_s = time.monotonic()
 
     def _save(self) -> None:
-        if not all(bool(t.isfinite().all()) for t in self.network.state_dict().values()):
+        if not self.learner.is_finite():
             self.end_badly(self.state.step - 1, "a gradient is not finite, and a weight with it,")
         folder, state = self.run_dir / "checkpoints", self.state
         try:
             self.last_good = str(
-                checkpoint.save(folder, state.step, self.weights(), self.state_dict(), self.config.keep)
+                checkpoint.save(folder, state.step, self.learner.weights(), self.state_dict(), self.config.keep)
             )
         except OSError as error:
             raise RunError(
@@ -310,10 +252,7 @@ class Trainer:
             "step": self.state.step,
             "skipped": self.state.skipped,
             "seconds": self.state.seconds,
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
-            "scaler": self.scaler.state_dict() if self.scaler else None,
+            **self.learner.state_dict(),
             "config": self.config.model_dump(mode="json"),
             "dataset": {"name": self.dataset.name, "fingerprint": self.dataset.fingerprint},
         }
@@ -321,25 +260,8 @@ class Trainer:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on where `saved` stands; before `prepare`, on every rank. Raises RequestError where it is malformed."""
         try:
-            self.network.load_state_dict(saved["network"])
-            # The moments only: lr, betas and weight decay are the configuration's, which may have changed.
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
-            if self.ema and saved["ema"]:  # a run that had no average starts it at its first update
-                self.ema.load_state_dict(saved["ema"])
-            if self.accelerator.scaler and saved["scaler"]:
-                self.accelerator.scaler.load_state_dict(saved["scaler"])
+            self.learner.load_state_dict(saved)
             self.state = State(int(saved["step"]), int(saved["skipped"]), float(saved["seconds"]))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RequestError(f"the checkpoint does not fit this run: {str(error).splitlines()[0]}") from None
         self.pulse_step = self.state.step + 1
-
-
-def build_optimizer(config: Config, network: torch.nn.Module) -> Optimizer:
-    """The configured optimizer, fused: one kernel for all parameters."""
-    parameters, lr, decay = network.parameters(), config.lr, config.weight_decay
-    if config.optimizer == "sgd":
-        momentum = config.momentum
-        return SGD(parameters, lr, momentum=momentum, nesterov=momentum > 0, weight_decay=decay, fused=True)
-    cls = Adam if config.optimizer == "adam" else AdamW
-    return cls(parameters, lr, betas=(config.momentum, config.beta2), weight_decay=decay, fused=True)

@@ -85,15 +85,16 @@ class Watch:
         """Watch from now on, once every rank has come here."""
         self._thread.start()
 
-    def at(self, step: int, phase: Phase) -> None:
-        """Note what this rank's main thread does now. Costs next to nothing."""
+    def at(self, phase: Phase, step: int | None = None) -> None:
+        """Note what this rank's main thread does now, and at which step if that is another. Costs next to nothing."""
+        step = self._doing[0] if step is None else step
         self._doing, self._since_s = (step, phase), time.monotonic()
 
     def leave(self) -> None:
         """Stop watching and being watched: the run is over for this rank."""
         self._over.set()
         self._thread.join()
-        self.at(self._doing[0], Phase.LEFT)
+        self.at(Phase.LEFT)
         with contextlib.suppress(RuntimeError):  # rank 0 and its store have left already
             self._say_beat()
 

@@ -258,7 +258,7 @@ def _poison(step: int, arguments: list[str], folder: Path, log: Path, environmen
     def poisoned(self: Trainer, order: torch.Tensor, epoch: int, step_in_epoch: int) -> None:
         if self.state.step == step and self.world.rank == self.world.size - 1:
             with torch.no_grad():
-                next(self.network.parameters()).fill_(float("nan"))
+                next(self.learner.network.parameters()).fill_(float("nan"))
         train_step(self, order, epoch, step_in_epoch)
 
     Trainer.train_step = poisoned  # type: ignore[method-assign]
