@@ -19,13 +19,14 @@ from mnist_dist.fetch import fetch
 from mnist_dist.journal import Journal, warn
 from mnist_dist.models import build_model, num_parameters
 from mnist_dist.trainer import Trainer
-from mnist_dist.world import World, join
+from mnist_dist.world import World, join, tune_cpu
 
 STOPPED = 3  # the exit code of a run that stopped on request and can go on
 
 
 def train(config: Config, recipe: str) -> int:
     """Train, and return the exit code: 0 finished, STOPPED on request. Raises RequestError and RunError."""
+    tune_cpu()
     # One rank of each machine fetches, under a lock in case machines share the folder, and before the ranks join:
     # so no time-out of a collective hangs over a slow download. Where it fails that is said after they have joined:
     # if this rank left alone, the others would wait for it.

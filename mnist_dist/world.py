@@ -206,7 +206,6 @@ def join(config: Config) -> World:
     if use_cpu:
         # Whatever the launcher set: `accelerate launch` gives OMP_NUM_THREADS=1, one core of many.
         torch.set_num_threads(config.threads or choose_threads(members, rank))
-        tune_cpu()
     elif config.threads:
         torch.set_num_threads(config.threads)
 
