@@ -2,8 +2,8 @@
 
     python -m benchmarks.time_to_accuracy [--seeds 10] [--json FILE] [RECIPE ...]
 
-Trains each recipe with seeds 0 to N-1. After each of the first ten seeds comes one epoch of the tutorial as written, so
-that both see the same machine; the ten epochs are summed. How many steps a recipe has was chosen with `validation=5000`.
+Trains each recipe with seeds 0 to N-1. After each of the first ten seeds comes one epoch of the tutorial as written,
+so that both see the same machine; the ten epochs are summed. The recipes were tuned with `validation=5000`.
 """
 
 import argparse

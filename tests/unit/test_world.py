@@ -1,6 +1,8 @@
 """Threads from cores, and a world of one rank, in which every collective is the identity."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,3 +115,16 @@ def test_what_fails_together_is_one_sentence(
 def test_a_bug_keeps_its_traceback(alone: World) -> None:
     with pytest.raises(ZeroDivisionError):
         alone.together(lambda: 1 // 0)
+
+
+def test_all_threads_take_denormal_numbers_for_zero() -> None:
+    program = """
+import torch
+from mnist_dist.world import tune_cpu
+tune_cpu()
+torch.set_num_threads(2)
+products = torch.full((4_000_000,), 1e-30) * 1e-10
+print(products.count_nonzero().item())
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "0\n", result.stderr
