@@ -14,7 +14,7 @@ WARM_UP_CALLS = 3  # what is allocated or chosen in the first calls must not bec
 def capture_cuda_graph(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Record what `function` launches, without running it. Returns how to run it, and where its result will be."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # the first comes back from a failure
         result = function()
     return graph.replay, result
 
@@ -50,8 +50,10 @@ class Replayed:
                 self._replay, self._result = self.capture(lambda: self.function(*self._inputs))
             except RuntimeError as error:
                 self._failed = True
-                self.say(f"note: the step could not be captured as a CUDA graph: {str(error).splitlines()[0]}")
-                return self.function(*inputs)
+                reason = str(error.__context__ or error).splitlines()[0]  # ending a capture raises on top of its cause
+                self.say(f"note: the step could not be captured as a CUDA graph: {reason}")
+        if self._replay is None:
+            return self.function(*inputs)
         torch._foreach_copy_(self._inputs, list(inputs))
         self._replay()
         return self._result.clone()

@@ -1,5 +1,6 @@
 """What is trained, and one step of training it: network, optimizer, moving average, gradient scaler."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -36,7 +37,8 @@ class Learner:
                 self.replayed = Replayed(self.update, say)
         self.network = build_model(config.model, config.seed).to(world.device)
         self.optimizer: Any = build_optimizer(config, self.network, graph=self.replayed is not None)
-        self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
+        self.average = get_ema_multi_avg_fn(config.ema)
+        self.ema = AveragedModel(self.network, multi_avg_fn=self.average) if config.ema else None
         self.scaler: torch.amp.GradScaler | None = None  # Accelerate's, for fp16
 
     def prepare(self) -> None:
@@ -71,7 +73,7 @@ class Learner:
         else:
             loss = self.update(scale, share.rows, *draws, weights=share.weights)
         if self.ema and not self.was_skipped():
-            self.ema.update_parameters(self.network)
+            self.update_average(self.ema)
         return loss
 
     def update(self, scale: Tensor, rows: Tensor, *draws: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -97,6 +99,14 @@ class Learner:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
         self.optimizer.step()
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def update_average(self, ema: AveragedModel) -> None:
+        """Move the average towards the weights; at the first update it becomes them."""
+        if ema.n_averaged == 0:
+            ema.update_parameters(self.network)
+        else:  # as update_parameters does it, which would also copy n_averaged to the GPU and wait for that
+            self.average(list(ema.module.parameters()), list(self.network.parameters()), ema.n_averaged)
+            ema.n_averaged += 1
 
     def was_skipped(self) -> bool:
         """Whether the fp16 scaler found the last step's gradient not finite, so that nothing was updated."""
@@ -143,6 +153,8 @@ def build_optimizer(config: Config, network: torch.nn.Module, *, graph: bool) ->
     parameters, decay = network.parameters(), config.weight_decay
     device = next(network.parameters()).device
     lr: Any = torch.tensor(config.lr, device=device) if graph else config.lr
+    if graph:  # the steps before the capture, and a last short batch, do run without
+        warnings.filterwarnings("ignore", message=".*capturable=True can impair performance")
     if config.optimizer == "sgd":
         momentum = config.momentum
         return SGD(parameters, lr, momentum=momentum, nesterov=momentum > 0, weight_decay=decay, fused=True)

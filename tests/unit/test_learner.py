@@ -34,7 +34,7 @@ def train(config: Config, *, replay: bool) -> tuple[list[float], dict[str, Tenso
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (NUM_IMAGES, 28, 28), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (NUM_IMAGES,), generator=generator)
-    learner = Learner(config, world, Split(images, labels), pytest.fail)
+    learner = Learner(config, world, Split(images, labels).to(world.device), pytest.fail)
     if replay:
         learner.replayed = Replayed(learner.update, pytest.fail, capture=remember)
         learner.optimizer = build_optimizer(config, learner.network, graph=True)
@@ -58,7 +58,7 @@ def train(config: Config, *, replay: bool) -> tuple[list[float], dict[str, Tenso
     ],
 )
 def test_replayed_steps_are_the_steps(settings: dict[str, object]) -> None:
-    config = Config(model="mlp", batch_size=BATCH_SIZE, precision="no", threads=1, **settings)  # type: ignore[arg-type]
+    config = Config(model="mlp", batch_size=BATCH_SIZE, precision="no", threads=1, graph="off", **settings)  # type: ignore[arg-type]
     losses, weights = train(config, replay=False)
     replayed_losses, replayed_weights = train(config, replay=True)
     assert replayed_losses == pytest.approx(losses, rel=1e-6)  # the learning rate is a tensor there, in fp32
