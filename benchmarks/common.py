@@ -27,6 +27,17 @@ def processor() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+def run(command: list[str], environment: dict[str, str] | None = None) -> tuple[int, str, int]:
+    """Run a command to its end; returns its exit code, what it printed, and its peak of resident memory, bytes."""
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    output = process.stdout.read() if process.stdout else ""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, output, usage.ru_maxrss * 1024
+
+
 def train(arguments: list[str], ranks: int = 1) -> dict[str, Any]:
     """Run the job as a user would, in a new run directory; returns DONE, with its records and peak memory.
 
@@ -36,13 +47,8 @@ def train(arguments: list[str], ranks: int = 1) -> dict[str, Any]:
         command = [str(REPOSITORY / "launch" / "local.sh"), *arguments]
         command += [f"data_dir={data_dir()}", f"run_dir={folder}/run"]
         environment = os.environ | {"NPROC": str(ranks), "PYTHON": sys.executable}
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        output = process.stdout.read() if process.stdout else ""
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        code, output, peak_bytes = run(command, environment)
+        if code:
             raise SystemExit(output)
         done: dict[str, Any] = json.loads(Path(folder, "run/DONE").read_text())
         lines = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
@@ -50,7 +56,7 @@ def train(arguments: list[str], ranks: int = 1) -> dict[str, Any]:
         done["steps"] = [line for line in lines if line["event"] == "step"]
         done["images"] = next(line["images"] for line in lines if line["event"] == "start")
         done["precision"] = next(line["precision"] for line in lines if line["event"] == "start")
-        done["peak_bytes"] = usage.ru_maxrss * 1024
+        done["peak_bytes"] = peak_bytes
         return done
 
 

@@ -65,7 +65,10 @@ def fit_all(measured: dict[tuple[str, int, int], float], cores: int) -> Fit:
     for model, batches in BATCHES.items():
         times = np.array([measured[model, batch, 1] for batch in batches])
         columns = np.stack((np.ones(len(batches)), np.array(batches)), 1)
-        fixed_s[model], image_s[model] = (float(x) for x in _least_squares(columns, times, times))
+        fixed, image = (float(x) for x in _least_squares(columns, times, times))
+        if fixed < 0:  # larger batches miss the cache; a negative cost would be carried over to other machines
+            fixed, image = 0.0, float(_least_squares(columns[:, 1:], times, times)[0])
+        fixed_s[model], image_s[model] = fixed, image
     alone = Fit(fixed_s, image_s, 0.0, 0.0)
     cases = [(model, batch) for model, batches in BATCHES.items() for batch in batches]
     times = np.array([measured[model, batch, 2] for model, batch in cases])

@@ -10,10 +10,9 @@ that of the medians. A contender that is not installed is left out, and said so.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 
-from benchmarks.common import REPOSITORY, data_dir, processor, train, write
+from benchmarks.common import REPOSITORY, data_dir, processor, run, train, write
 from benchmarks.loops import LOOPS
 
 ONLY_FP32 = ("tutorial", "example", "keras_torch", "keras_jax")
@@ -22,12 +21,12 @@ ONLY_FP32 = ("tutorial", "example", "keras_torch", "keras_jax")
 def other(loop: str, model: str, precision: str) -> tuple[float, int] | None:
     """Seconds of an epoch and peak memory of another way, or None where it does not run."""
     command = [sys.executable, "-m", "benchmarks.loops", loop, model, precision, data_dir()]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    if result.returncode:
-        print(f"{loop} does not run: {(result.stderr.strip().splitlines() or ['no message'])[-1]}", file=sys.stderr)
+    code, output, peak_bytes = run(command)
+    last = (output.strip().splitlines() or ["no message"])[-1]
+    if code:
+        print(f"{loop} does not run: {last}", file=sys.stderr)
         return None
-    found = json.loads(result.stdout.splitlines()[-1])
-    return found["seconds"], found["peak_bytes"]
+    return json.loads(last)["seconds"], peak_bytes
 
 
 def main() -> None:

@@ -70,7 +70,10 @@ class Trainer:
 
         self.stop_reason = ""  # why this very rank wants to stop
         self.failure = ""  # why it can't go on: on rank 0, a record that could not be written
-        self.losses: list[Tensor] = []  # sums over this rank's images, of each step since the last pulse
+        # Sums over this rank's images, of each step since the last pulse. Not a list of tensors: small ones that live
+        # on between large ones that come and go would tear the heap apart.
+        self.losses = torch.zeros(MAX_PULSE_STEPS, device=world.device)
+        self.num_losses = 0
         self.pulse_step = 1  # the step after which the ranks meet next
         self.skipped_in_a_row = 0
         self.saved_s = self.window_s = time.monotonic()
@@ -114,7 +117,9 @@ class Trainer:
         """One optimizer step on one global batch. Collective."""
         self.world.at(Phase.COMPUTING, self.state.step)
         share = self.shares.cut(order, step_in_epoch)
-        self.losses.append(self.learner.learn(share, epoch, step_in_epoch, self.learning_rate(self.state.step)))
+        lr = self.learning_rate(self.state.step)
+        self.losses[self.num_losses] = self.learner.learn(share, epoch, step_in_epoch, lr)
+        self.num_losses += 1
         if self.learner.was_skipped():
             self.state.skipped += 1
             self.skipped_in_a_row += 1
@@ -130,10 +135,10 @@ class Trainer:
     def pulse(self) -> tuple[list[float], bool, bool]:
         """Meet the other ranks: the global mean loss of each step since the last pulse, stop?, save? Collective."""
         self.world.at(Phase.MEETING, self.state.step)
-        losses = torch.stack(self.losses).double().cpu()  # on a GPU: the one point that waits for it
+        steps, self.num_losses = self.num_losses, 0
+        losses = self.losses[:steps].double().cpu()  # on a GPU: the one point that waits for it
         now = time.monotonic()
-        elapsed, steps = now - self.window_s, len(self.losses)
-        self.losses.clear()
+        elapsed = now - self.window_s
         every_s = self.config.checkpoint_every_s
         is_main = self.world.is_main
         self.stop_reason = self.failure or stop.reason(self.run_dir if is_main else None)

@@ -44,8 +44,8 @@ def train(config: Config, *, replay: bool) -> tuple[list[float], dict[str, Tenso
     for epoch in range(2):
         order = shares.order(epoch)
         for step in range(shares.steps_per_epoch):
-            losses.append(learner.learn(shares.cut(order, step), epoch, step, lr=1e-3 * (1 + step)))
-    return [float(loss) for loss in losses], learner.network.state_dict()
+            losses.append(float(learner.learn(shares.cut(order, step), epoch, step, lr=1e-3 * (1 + step))))
+    return losses, learner.network.state_dict()
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_replayed_steps_are_the_steps(settings: dict[str, object]) -> None:
         torch.testing.assert_close(replayed_weights[name], weight, rtol=0, atol=1e-4)
 
 
-def test_a_replay_reads_what_it_is_given_and_keeps_its_results() -> None:
+def test_a_replay_reads_what_it_is_given() -> None:
     calls = []
 
     def function(x: Tensor, y: Tensor) -> Tensor:
@@ -74,8 +74,8 @@ def test_a_replay_reads_what_it_is_given_and_keeps_its_results() -> None:
         return (x * y).sum()
 
     replayed = Replayed(function, pytest.fail, capture=remember)
-    results = [replayed(torch.tensor([float(i)]), torch.tensor([2.0])) for i in range(WARM_UP_CALLS + 3)]
-    assert [float(result) for result in results] == [2.0 * i for i in range(WARM_UP_CALLS + 3)]
+    results = [float(replayed(torch.tensor([float(i)]), torch.tensor([2.0]))) for i in range(WARM_UP_CALLS + 3)]
+    assert results == [2.0 * i for i in range(WARM_UP_CALLS + 3)]
     assert calls[-1][0] is calls[-2][0]  # a tensor of its own, the same at each replay
 
 
