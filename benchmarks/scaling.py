@@ -138,8 +138,9 @@ def plot(path: str, measured: dict[tuple[str, int, int], float], fit: Fit, cores
             gpus = [n for n in GPUS if n <= batch]
             shares = [100 * efficiency(model, batch, n) for n in gpus]
             right.plot(gpus, shares, style, color=color, label=f"{model.upper()}, batch {batch:,}")
-    right.set(xscale="log", xlabel="GPUs", ylabel="efficiency, %", ylim=(0, 100))
+    right.set(xlabel="GPUs", ylabel="efficiency, %", ylim=(0, 100))
     right.set_xscale("log", base=2)
+    right.set_xticks(GPUS, [str(gpus) for gpus in GPUS], fontsize=8)
     right.set_title("Predicted: H100, NVLink, InfiniBand")
     right.legend(fontsize=8)
     figure.savefig(path)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -97,6 +98,7 @@ class Result:
 
 def become(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     """In a forked process: be what `python train.py` would be."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which a run takes for its own
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
