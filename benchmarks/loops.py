@@ -215,7 +215,7 @@ def bare(model: str, precision: str, data_dir: str) -> float:
 
 def bare_tuned(model: str, precision: str, data_dir: str) -> float:
     """The bare loop, with the two settings of the process that the job makes."""
-    from mnist_dist.world import tune_cpu
+    from mnist_dist.cpu import tune_cpu
 
     tune_cpu()
     return bare(model, precision, data_dir)

@@ -22,8 +22,8 @@ import numpy as np
 
 from benchmarks.arithmetic import FLOP_PER_IMAGE
 from benchmarks.common import processor, train, write
+from mnist_dist.cpu import usable_cores
 from mnist_dist.models import build_model, num_parameters
-from mnist_dist.world import usable_cores
 
 BATCHES = {"mlp": (64, 512, 4096), "cnn": (64, 256, 1024)}
 STEPS = {64: 400, 256: 120, 512: 200, 1024: 40, 4096: 60}

@@ -10,12 +10,12 @@ import torch
 
 from mnist_dist import checkpoint
 from mnist_dist.config import Config, build, load
+from mnist_dist.cpu import usable_cores
 from mnist_dist.data import load_dataset
 from mnist_dist.errors import RequestError
 from mnist_dist.evaluate import Evaluation, evaluate, load_weights
 from mnist_dist.fetch import fetch
 from mnist_dist.models import build_model
-from mnist_dist.world import usable_cores
 
 
 def report(path: Path, overrides: dict[str, Any], *, as_json: bool) -> None:

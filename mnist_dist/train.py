@@ -13,13 +13,14 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_avail
 
 from mnist_dist import checkpoint, rundir
 from mnist_dist.config import IDENTITY, Config
+from mnist_dist.cpu import tune_cpu
 from mnist_dist.data import Dataset, load_dataset
 from mnist_dist.errors import RequestError, RunError
 from mnist_dist.fetch import fetch
 from mnist_dist.journal import Journal, warn
 from mnist_dist.models import build_model, num_parameters
 from mnist_dist.trainer import Trainer
-from mnist_dist.world import World, join, tune_cpu
+from mnist_dist.world import World, join
 
 STOPPED = 3  # the exit code of a run that stopped on request and can go on
 

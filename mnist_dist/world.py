@@ -5,15 +5,12 @@ where several were asked for, ranks without a GPU of their own, thread counts of
 precision comes from the configuration alone.
 """
 
-import contextlib
-import ctypes
 import datetime
 import os
 import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,6 +24,7 @@ from accelerate.utils import (
 )
 
 from mnist_dist.config import Config
+from mnist_dist.cpu import cpu_has_bf16, usable_cores
 from mnist_dist.errors import RequestError, RunError
 from mnist_dist.launcher import launched_world_size, overridden
 from mnist_dist.watch import Phase, Watch
@@ -47,40 +45,7 @@ class Member:
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return (
-        "amx_bf16" in flags
-    )  # AVX-512's own bf16 products are no faster than fp32's, and everything around them slower
-
-
-def tune_cpu() -> None:
-    """Set two things of this process that training on a CPU gains by (docs/LOG.md); before torch has made its threads.
-
-    Numbers below 1.2e-38 count as zero: the moments of weights whose gradient has become zero, as a border pixel's
-    has, decay into that range, where a processor is ten times slower.
-
-    The C library keeps what is freed, up to 512 MiB, instead of giving it back to the system: activations are freed and
-    allocated at each step, and each time the kernel would hand their pages out anew, zeroed. Only glibc has this.
-    """
-    torch.set_flush_denormal(True)
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        m_trim_threshold, m_mmap_threshold = -1, -3  # glibc's malloc.h
-        mallopt(m_mmap_threshold, 256 << 20)
-        mallopt(m_trim_threshold, 512 << 20)
-
-
-def usable_cores() -> tuple[int, ...]:
-    """The CPU cores that this process may use, a container's quota included."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return tuple(cores[: max(1, int(quota) // int(period))])
-    except (OSError, ValueError):  # no quota ("max"), or no such file
-        return tuple(cores)
+    return cpu_has_bf16()
 
 
 def choose_threads(members: list[Member], rank: int) -> int:

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mnist_dist import world as module
+from mnist_dist import cpu as module
+from mnist_dist.cpu import usable_cores
 from mnist_dist.errors import RequestError, RunError
-from mnist_dist.world import Member, World, choose_threads, usable_cores
+from mnist_dist.world import Member, World, choose_threads
 
 
 def member(cores: range | tuple[int, ...], host: str = "a") -> Member:
@@ -120,7 +121,7 @@ def test_a_bug_keeps_its_traceback(alone: World) -> None:
 def test_all_threads_take_denormal_numbers_for_zero() -> None:
     program = """
 import torch
-from mnist_dist.world import tune_cpu
+from mnist_dist.cpu import tune_cpu
 tune_cpu()
 torch.set_num_threads(2)
 products = torch.full((4_000_000,), 1e-30) * 1e-10
