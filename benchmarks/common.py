@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mnist_dist.rundir import versions
 
@@ -27,15 +27,26 @@ def processor() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def run(command: list[str], environment: dict[str, str] | None = None) -> tuple[int, str, int]:
-    """Run a command to its end; returns its exit code, what it printed, and its peak of resident memory, bytes."""
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    output = process.stdout.read() if process.stdout else ""
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, output, usage.ru_maxrss * 1024
+class Ended(NamedTuple):
+    """A process that has ended."""
+
+    code: int
+    output: str
+    errors: str  # what it wrote to the standard error stream
+    peak_bytes: int  # of resident memory
+
+
+def run(command: list[str], environment: dict[str, str] | None = None) -> Ended:
+    """Run a command to its end, in the repository."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        output = process.stdout.read() if process.stdout else ""
+        _, status, usage = os.wait4(process.pid, 0)  # unlike Popen.wait, it tells the memory
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        return Ended(process.returncode, output, errors.read(), usage.ru_maxrss * 1024)
 
 
 def train(arguments: list[str], ranks: int = 1) -> dict[str, Any]:
@@ -47,16 +58,16 @@ def train(arguments: list[str], ranks: int = 1) -> dict[str, Any]:
         command = [str(REPOSITORY / "launch" / "local.sh"), *arguments]
         command += [f"data_dir={data_dir()}", f"run_dir={folder}/run"]
         environment = os.environ | {"NPROC": str(ranks), "PYTHON": sys.executable}
-        code, output, peak_bytes = run(command, environment)
-        if code:
-            raise SystemExit(output)
+        ended = run(command, environment)
+        if ended.code:
+            raise SystemExit(ended.output + ended.errors)
         done: dict[str, Any] = json.loads(Path(folder, "run/DONE").read_text())
         lines = [json.loads(line) for line in Path(folder, "run/metrics.jsonl").read_text().splitlines()]
         done["evaluations"] = [line for line in lines if line["event"] == "eval"]
         done["steps"] = [line for line in lines if line["event"] == "step"]
         done["images"] = next(line["images"] for line in lines if line["event"] == "start")
         done["precision"] = next(line["precision"] for line in lines if line["event"] == "start")
-        done["peak_bytes"] = peak_bytes
+        done["peak_bytes"] = ended.peak_bytes
         return done
 
 

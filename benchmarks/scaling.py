@@ -65,21 +65,26 @@ def fit_all(measured: dict[tuple[str, int, int], float], cores: int) -> Fit:
     for model, batches in BATCHES.items():
         times = np.array([measured[model, batch, 1] for batch in batches])
         columns = np.stack((np.ones(len(batches)), np.array(batches)), 1)
-        fixed, image = (float(x) for x in _least_squares(columns, times, times))
-        if fixed < 0:  # larger batches miss the cache; a negative cost would be carried over to other machines
-            fixed, image = 0.0, float(_least_squares(columns[:, 1:], times, times)[0])
-        fixed_s[model], image_s[model] = fixed, image
+        fixed_s[model], image_s[model] = _fit_costs(columns, times, times)
     alone = Fit(fixed_s, image_s, 0.0, 0.0)
     cases = [(model, batch) for model, batches in BATCHES.items() for batch in batches]
     times = np.array([measured[model, batch, 2] for model, batch in cases])
     left = times - np.array([predict(alone, model, batch, 2, cores) for model, batch in cases])
     columns = np.array([(1.0, BYTES[model]) for model, _ in cases])
-    alpha_s, beta_s = (max(float(x), 0.0) for x in _least_squares(columns, left, times))
-    return Fit(fixed_s, image_s, alpha_s, beta_s)
+    return Fit(fixed_s, image_s, *_fit_costs(columns, left, times))
 
 
-def _least_squares(columns: Any, values: Any, scales: Any) -> Any:
-    return np.linalg.lstsq(columns / scales[:, None], values / scales, rcond=None)[0]
+def _fit_costs(columns: Any, values: Any, scales: Any) -> list[float]:
+    """Least squares relative to `scales`; what would be below zero is zero, since nothing costs less than nothing."""
+    costs = np.zeros(columns.shape[1])
+    kept = np.arange(columns.shape[1])
+    while kept.size:
+        found = np.linalg.lstsq(columns[:, kept] / scales[:, None], values / scales, rcond=None)[0]
+        if (found >= 0).all():
+            costs[kept] = found
+            break
+        kept = kept[found >= 0]
+    return costs.tolist()  # type: ignore[no-any-return]
 
 
 def on_gpus(model: str, batch: int, gpus: int) -> float:

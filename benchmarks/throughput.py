@@ -21,12 +21,11 @@ ONLY_FP32 = ("tutorial", "example", "keras_torch", "keras_jax")
 def other(loop: str, model: str, precision: str) -> tuple[float, int] | None:
     """Seconds of an epoch and peak memory of another way, or None where it does not run."""
     command = [sys.executable, "-m", "benchmarks.loops", loop, model, precision, data_dir()]
-    code, output, peak_bytes = run(command)
-    last = (output.strip().splitlines() or ["no message"])[-1]
-    if code:
-        print(f"{loop} does not run: {last}", file=sys.stderr)
+    ended = run(command)
+    if ended.code:
+        print(f"{loop} does not run: {(ended.errors.strip().splitlines() or ['no message'])[-1]}", file=sys.stderr)
         return None
-    return json.loads(last)["seconds"], peak_bytes
+    return json.loads(ended.output.splitlines()[-1])["seconds"], ended.peak_bytes
 
 
 def main() -> None:
