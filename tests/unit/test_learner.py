@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_dist.config import Config
 from mnist_dist.data import Shares, Split
@@ -66,6 +67,23 @@ def test_replayed_steps_are_the_steps(settings: dict[str, object]) -> None:
         torch.testing.assert_close(replayed_weights[name], weight, rtol=0, atol=1e-4)
 
 
+def test_the_average_is_torchs_own() -> None:
+    config = Config(model="mlp", precision="no", threads=1, graph="off", ema=0.9)
+    world = join(config)
+    empty = Split(torch.zeros(0, 28, 28), torch.zeros(0, dtype=torch.int64)).to(world.device)
+    learner = Learner(config, world, empty, pytest.fail)
+    reference = AveragedModel(learner.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    assert learner.ema
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in learner.network.parameters():
+                parameter += 1
+        learner.update_average(learner.ema)
+        reference.update_parameters(learner.network)
+    for name, value in reference.state_dict().items():
+        assert torch.equal(learner.ema.state_dict()[name], value), name
+
+
 def test_a_replay_reads_what_it_is_given() -> None:
     calls = []
 
@@ -79,11 +97,16 @@ def test_a_replay_reads_what_it_is_given() -> None:
     assert calls[-1][0] is calls[-2][0]  # a tensor of its own, the same at each replay
 
 
-def test_a_capture_that_fails_is_said_once_and_does_without() -> None:
+@pytest.mark.parametrize("ends_badly", [False, True])
+def test_a_capture_that_fails_is_said_once_and_does_without(ends_badly: bool) -> None:
     said: list[str] = []
 
     def fail(_: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        raise RuntimeError("operation not permitted when stream is capturing\nC++ stack")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nC++ stack")
+        finally:
+            if ends_badly:  # as CUDAGraph.capture_end does where the capture was invalidated
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     replayed = Replayed(lambda x: x + 1, said.append, capture=fail)
     assert [int(replayed(torch.tensor(i))) for i in range(8)] == list(range(1, 9))

@@ -17,6 +17,14 @@ def test_the_fit_finds_the_constants_of_times_that_follow_the_model(cores: int) 
     assert (fit.alpha_s, fit.beta_s) == (pytest.approx(TRUE.alpha_s), pytest.approx(TRUE.beta_s))
 
 
+def test_no_cost_is_below_zero_and_the_others_are_fitted_without_it() -> None:
+    cases = [(model, batch, size) for model, batches in BATCHES.items() for batch in batches for size in WORLD_SIZES]
+    measured = {case: predict(TRUE._replace(fixed_s={"mlp": -1e-5, "cnn": 0.0}), *case, cores=8) for case in cases}
+    fit = fit_all(measured, cores=8)
+    assert fit.fixed_s["mlp"] == 0
+    assert 0 < fit.image_s["mlp"] < TRUE.image_s["mlp"]
+
+
 def test_one_gpu_exchanges_nothing_and_more_are_less_efficient() -> None:
     assert efficiency("mlp", 512, 1) == 1
     shares = [efficiency("cnn", 32768, gpus) for gpus in (1, 2, 4, *GPUS)]
