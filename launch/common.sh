@@ -9,67 +9,84 @@ refuse() {
   exit 2
 }
 
-# Sets nproc, the ranks of this machine, and num_gpus.
+# Sets nproc, the ranks of this machine, and num_gpus; and looks at the other variables.
 count_ranks() {
   num_gpus=$("$python" -c 'import torch; print(torch.accelerator.device_count())')
   nproc=${NPROC:-$num_gpus}
-  [[ $nproc =~ ^[0-9]+$ ]] || refuse "NPROC=$nproc is not a number of ranks"
+  [[ $nproc =~ ^[0-9]{1,6}$ ]] || refuse "NPROC=$nproc is not a number of ranks"
   [ "$nproc" -gt 0 ] || nproc=1
+  if [ "$num_gpus" -gt 0 ] && [ "$nproc" -gt "$num_gpus" ] && [ -z "${ACCELERATE_USE_CPU:-}" ]; then
+    refuse "NPROC=$nproc is more than the GPUs here, $num_gpus; each rank needs one of its own"
+  fi
+  restarts=${MAX_RESTARTS:-0}
+  [[ $restarts =~ ^[0-9]{1,6}$ ]] || refuse "MAX_RESTARTS=$restarts is not a number of restarts"
+  [[ ${MASTER_PORT:-0} =~ ^[0-9]{1,5}$ && ${MASTER_PORT:-0} -le 65535 ]] || refuse "MASTER_PORT=$MASTER_PORT is not a port, 1 to 65535"
 }
 
-# Refuse a wrong request before a launcher is started: it would wrap one sentence in a traceback.
+# Refuse a wrong request before a launcher is started: it would wrap one sentence in a traceback. Answer here what
+# asks for no training. Sets arguments and run_dir: a stop and a restart must find the run, so its directory is chosen
+# here, unless it is given.
 check_request() { # world-size, arguments of train.py
-  local code=0
-  RANK=0 WORLD_SIZE=$1 "$python" "$train" --check "${@:2}" || code=$?
-  [ "$code" = 0 ] || exit "$code"
-}
-
-# Sets run_dir and arguments. A restart by the launcher must find the run, so its directory is chosen here unless given.
-choose_run_dir() { # arguments of train.py
-  local argument recipe=run
-  run_dir=""
-  arguments=("$@")
+  export RANK=0 WORLD_SIZE=$1
+  shift
+  local argument checked recipe
   for argument in "$@"; do
     case $argument in
-      run_dir=*) run_dir=${argument#*=} ;;
-      *=*) ;;
-      *.yaml | *.yml) recipe=$(basename "${argument%.*}") ;;
+      -h | --help | --dry-run | --check) exec "$python" "$train" "$@" ;;
     esac
   done
+  checked=$("$python" "$train" --check "$@") || exit
+  unset RANK WORLD_SIZE
+  recipe=${checked%%$'\n'*}
+  run_dir=${checked#"$recipe"}
+  run_dir=${run_dir#$'\n'}
+  arguments=("$@")
   if [ -z "$run_dir" ]; then
     run_dir=runs/$recipe-$(date +%Y%m%d-%H%M%S)-$$
     arguments+=("run_dir=$run_dir")
   fi
 }
 
-# Start `accelerate launch` with every flag given, so that no default configuration of the user's leaks in.
-# It runs in a session of its own: the terminal's Ctrl-C and a scheduler's signals reach only this script, which turns
-# the first into a STOP file, the one way of stopping that every rank hears, and the second into an end at once.
-launch() { # flags of accelerate launch
-  local flags=(--multi_gpu --mixed_precision no --dynamo_backend no --max_restarts "${MAX_RESTARTS:-0}" "$@")
+# Start the ranks and end with the job's own exit code.
+launch() { # ranks in all, flags of accelerate launch
+  # Every flag is given, so that no default configuration of the user's leaks in.
+  local command=(accelerate.commands.launch --multi_gpu --mixed_precision no --dynamo_backend no
+    --max_restarts "$restarts" "${@:2}")
+  if [ "$1" = 1 ]; then # which Accelerate starts without torchrun, and so never again
+    command=(torch.distributed.run --standalone --nproc_per_node 1 --max_restarts "$restarts")
+  fi
   if [ "$num_gpus" = 0 ]; then export ACCELERATE_USE_CPU=true; fi
-  # A launcher starts a rank that ends with 3 again; the ranks end with 0 instead, and the exit code is found below.
-  export MNIST_DIST_EXIT_CODE_WHEN_STOPPED=0
+  # A launcher takes every exit code but 0 for a failure: the ranks end with 0, and rank 0 leaves its code there.
+  MNIST_DIST_EXIT_CODE_FILE=$(mktemp) || refuse "no temporary file can be made; look at TMPDIR"
+  export MNIST_DIST_EXIT_CODE_FILE
   set +e
-  setsid "$python" -m accelerate.commands.launch "${flags[@]}" "$train" "${arguments[@]}" &
+  # It runs in a session of its own: the terminal's Ctrl-C and a scheduler's signals reach only this script, which turns
+  # the first into a STOP file, the one way of stopping that every rank hears, and the second into an end at once.
+  setsid "$python" -m "${command[@]}" "$train" "${arguments[@]}" &
   launcher=$!
   trap stop_run TERM INT USR1 USR2 HUP
   local code
   while :; do
-    wait "$launcher"
+    wait "$launcher" 2>/dev/null # the shell would announce a kill
     code=$?
     kill -0 "$launcher" 2>/dev/null || break # a trap interrupts wait: go on until the launcher is really gone
   done
-  if [ "$code" = 0 ] && [ -e "$run_dir/metrics.jsonl" ] && [ ! -e "$run_dir/DONE" ]; then exit 3; fi
-  exit "$code"
+  if [ "$code" = 0 ]; then code=$(cat "$MNIST_DIST_EXIT_CODE_FILE"); fi # empty on machines without rank 0
+  rm -f "$MNIST_DIST_EXIT_CODE_FILE"
+  exit "${code:-0}"
 }
 
 stop_run() {
-  if [ -n "${stopping:-}" ]; then
-    kill -KILL -- "-$launcher"
-  else
-    stopping=1
+  local now=${EPOCHREALTIME//[.,]/} # microseconds
+  if [ -z "${stopped:-}" ]; then
+    stopped=$now
     mkdir -p "$run_dir" && touch "$run_dir/STOP"
     echo "$(basename "$0"): asked the ranks to stop; once more ends them at once" >&2
+  elif [ $((now - stopped)) -gt 1000000 ]; then # what comes sooner is the same wish: schedulers send two signals
+    # The ranks have sessions of their own: without their launcher they would go on.
+    local ranks
+    ranks=$(grep -l "^PPid:[[:space:]]$launcher\$" /proc/[0-9]*/status 2>/dev/null | tr -cd '0-9\n')
+    # shellcheck disable=SC2086 # several words
+    kill -KILL "$launcher" $ranks
   fi
 }

@@ -16,9 +16,8 @@ source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/common.sh"
 
 count_ranks
 check_request "$nproc" "$@"
-# One rank needs no launcher, and without one it gets its signals itself and its exit code survives.
-if [ "$nproc" = 1 ] && [ "${MAX_RESTARTS:-0}" = 0 ]; then
+# One rank needs no launcher, and without one it gets its signals itself.
+if [ "$nproc" = 1 ] && [ "$restarts" = 0 ]; then
   exec "$python" "$train" "$@"
 fi
-choose_run_dir "$@"
-launch --num_machines 1 --num_processes "$nproc" --main_process_port "${MASTER_PORT:-0}"
+launch "$nproc" --num_machines 1 --num_processes "$nproc" --main_process_port "${MASTER_PORT:-0}"

@@ -24,8 +24,8 @@ done
 [[ $NODE_RANK =~ ^[0-9]+$ && $NODE_RANK -lt $NNODES ]] || refuse "NODE_RANK=$NODE_RANK is not one of 0 to $((NNODES - 1))"
 getent ahosts "$MASTER_ADDR" >/dev/null || refuse "MASTER_ADDR=$MASTER_ADDR cannot be resolved on $(hostname)"
 count_ranks
-check_request "$((NNODES * nproc))" "$@"
-[[ " $*" == *" run_dir="* ]] || refuse "run_dir= is missing; give the same one on each machine"
-choose_run_dir "$@"
-launch --num_machines "$NNODES" --machine_rank "$NODE_RANK" --num_processes "$((NNODES * nproc))" \
+world_size=$((NNODES * nproc))
+check_request "$world_size" "$@"
+[ "${#arguments[@]}" = $# ] || refuse "run_dir= is missing; give the same one on each machine"
+launch "$world_size" --num_machines "$NNODES" --machine_rank "$NODE_RANK" --num_processes "$world_size" \
   --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" --same_network

@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
         "arguments", nargs="*", metavar="[CONFIG.yaml] [key=value ...]", help="what differs from the defaults"
     )
     train.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the plan, and stop")
-    train.add_argument("--check", action="store_true", help="only check the arguments: exit code 0 or 2, at once")
+    train.add_argument(
+        "--check", action="store_true", help="only check the arguments, at once; print the recipe's name and run_dir"
+    )
     text = "exact loss, accuracy and confusion matrix of a run, a checkpoint or a model.safetensors"
     evaluate = verbs.add_parser("evaluate", help=text, description=text)
     evaluate.add_argument(
@@ -80,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         _complain(error)
         return 1
+    except SystemExit as end:  # --help has been answered; or what this rank has to say, rank 0 says
+        return int(end.code or 0)
     except KeyboardInterrupt:  # training notes it and stops in order; here there is nothing to save
         return 130
     except BrokenPipeError:  # the reader of the output went away, as `| head` does
@@ -106,9 +110,11 @@ def _run(options: argparse.Namespace) -> int:
     if options.verb == "fetch":
         check_keys(options.overrides, ("dataset", "data_dir", "mirror"))
         config, _ = load(options.overrides)
+        from mnist_dist.data import load_dataset
         from mnist_dist.fetch import dataset_file, fetch
 
         name = fetch(config.dataset, config.data_dir, mirror=config.mirror)
+        load_dataset(name, config.data_dir)  # what lay there already may be damaged
         print(f"{name} is in {dataset_file(name, config.data_dir)}")
         return 0
     if options.verb == "evaluate":
@@ -129,13 +135,12 @@ def _run(options: argparse.Namespace) -> int:
             return 2  # every rank finds the same; rank 0 says it
         raise
     if options.check:
+        print(recipe, config.run_dir or "", sep="\n")
         return 0
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lost connections come with a C++ stack; we name the rank
-    from mnist_dist.train import STOPPED, plan, train
+    from mnist_dist.train import plan, train
 
     if options.dry_run:
         print(plan(config, world_size), end="")
         return 0
-    code = train(config, recipe)
-    # A launcher takes 3 for a failure and would start the rank again; launch scripts ask for 0 and look themselves.
-    return int(os.environ.get("MNIST_DIST_EXIT_CODE_WHEN_STOPPED", code)) if code == STOPPED else code
+    return train(config, recipe)

@@ -51,7 +51,7 @@ class Config(BaseModel):
     )
 
     # How it is trained
-    batch_size: Annotated[int, Field(ge=1)] = Field(
+    batch_size: Annotated[int, Field(ge=1, le=2**20)] = Field(
         64, description="images of one optimizer step over all ranks (the global batch)"
     )
     micro_batch: Annotated[int, Field(ge=0)] = Field(
@@ -111,7 +111,7 @@ class Config(BaseModel):
     resume: str = Field(
         "auto",
         description="auto: go on where run_dir stands; never: refuse a run_dir that has checkpoints; "
-        "or the path of a run or checkpoint to start from",
+        "or the path of a run or checkpoint to start from, where run_dir has none",
     )
     keep: Annotated[int, Field(ge=1)] = Field(2, description="checkpoints to keep, the newest ones")
     checkpoint_every_s: Annotated[float, Field(ge=0)] = Field(
@@ -122,13 +122,13 @@ class Config(BaseModel):
     log_with: tuple[str, ...] = Field((), description="trackers known to Accelerate, e.g. [tensorboard]")
 
     # How it uses the machine
-    threads: Annotated[int, Field(ge=0)] = Field(
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(
         0, description="CPU threads of a rank; 0: its cores divided by the ranks that share them"
     )
     graph: Literal["auto", "off"] = Field(
         "auto", description="auto: replay each step as one CUDA graph where there is one GPU; off: never"
     )
-    timeout_s: Annotated[float, Field(gt=0)] = Field(
+    timeout_s: Annotated[float, Field(gt=0, le=1_000_000)] = Field(
         300.0, description="seconds after which a rank that waits for the others gives up"
     )
 

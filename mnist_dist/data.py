@@ -48,24 +48,30 @@ def load_dataset(name: str, data_dir: Path, validation: int = 0) -> Dataset:
     Raises RequestError where the file is damaged or has too few images.
     """
     path = dataset_file(name, data_dir)
+    again = f"`mnist-dist fetch dataset={name} data_dir={data_dir}`"
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
             recorded = (file.metadata() or {}).get("fingerprint", "")
     except (OSError, SafetensorError) as error:
-        raise RequestError(f"{path} cannot be read ({error}); delete it, and it is fetched again") from None
+        raise RequestError(f"{path} cannot be read ({error}); delete it and run {again}") from None
     if fingerprint(tensors) != recorded:
-        raise RequestError(f"{path} is damaged (it does not match its fingerprint); delete it, and it is fetched again")
+        raise RequestError(f"{path} is damaged (it does not match its fingerprint); delete it and run {again}")
     train = Split(tensors["train_images"], tensors["train_labels"])
     held_out, held_out_name = Split(tensors["test_images"], tensors["test_labels"]), "test"
     if validation:
-        if validation >= len(train.labels):
-            raise RequestError(
-                f"validation={validation} leaves nothing to train on; {name} has {len(train.labels)} training images"
-            )
+        check_validation(validation, name, len(train.labels))
         held_out, held_out_name = Split(*(t[-validation:] for t in train)), "validation"
         train = Split(*(t[:-validation] for t in train))
     return Dataset(name, recorded, train, held_out, held_out_name)
+
+
+def check_validation(validation: int, name: str, num_images: int) -> None:
+    """Raises RequestError where holding `validation` of so many training images out leaves none."""
+    if validation >= num_images:
+        raise RequestError(
+            f"validation={validation} leaves nothing to train on; {name} has {num_images} training images"
+        )
 
 
 class Share(NamedTuple):

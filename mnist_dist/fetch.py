@@ -237,7 +237,7 @@ def _copy(address: str, target: Path, stall_s: float) -> None:
 
 def _bar() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, transient=True, disable=not sys.stdout.isatty())
+    return Progress(*columns, transient=True, disable=not (sys.stdout and sys.stdout.isatty()))
 
 
 def _md5(path: Path) -> str:

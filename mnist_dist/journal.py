@@ -28,7 +28,8 @@ class Journal:
         self.run_dir = run_dir
         self.track = track
         # isatty alone decides: FORCE_COLOR, which many CIs set, would make rich draw a bar into a log file.
-        self.console = Console(highlight=False, soft_wrap=True, emoji=False, force_terminal=sys.stdout.isatty())
+        is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it was closed, `>&-`
+        self.console = Console(highlight=False, soft_wrap=True, emoji=False, force_terminal=is_terminal)
         self._metrics = _Lines(run_dir / "metrics.jsonl")
         self._log = _Lines(run_dir / "console.log")
         self._bar: Progress | None = None

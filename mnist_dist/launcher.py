@@ -4,6 +4,7 @@ This imports no torch, so that a wrong launch is refused at once.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from mnist_dist.errors import RequestError
 
@@ -13,6 +14,8 @@ _OTHER_ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 def launched_world_size(environment: Mapping[str, str]) -> int:
     """How many ranks the launcher started. Raises RequestError where it left that half said."""
     given = {name: environment.get(name, "") for name in ("RANK", "WORLD_SIZE")}
+    if not (environment.get("LOCAL_RANK") or "0").isdecimal():
+        raise RequestError(f"LOCAL_RANK={environment['LOCAL_RANK']!r} in the environment is not a number")
     if not any(given.values()):
         if "MASTER_ADDR" in environment:
             raise RequestError(
@@ -27,6 +30,23 @@ def launched_world_size(environment: Mapping[str, str]) -> int:
     if not rank < world_size:
         raise RequestError(f"RANK={rank} and WORLD_SIZE={world_size} in the environment do not fit together")
     return world_size
+
+
+def answer(environment: Mapping[str, str], code: int) -> int:
+    """The exit code with which this rank ends.
+
+    A launcher takes every code but 0 for a failure: it prints a traceback, starts the ranks again, and ends with 1. So
+    the scripts name a file, into which rank 0 writes what is no failure of a rank: finished, refused, stopped.
+    """
+    path = environment.get("MNIST_DIST_EXIT_CODE_FILE")
+    if not path or code == 1:
+        return code
+    if environment.get("RANK", "0") == "0":
+        try:
+            Path(path).write_text(f"{code}\n")
+        except OSError:  # a full disk
+            return code
+    return 0
 
 
 def check_batch(batch_size: int, world_size: int) -> None:

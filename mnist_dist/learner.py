@@ -142,8 +142,10 @@ class Learner:
         # The moments only: lr, betas and weight decay are the configuration's, which may have changed.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
-        if self.ema and saved["ema"]:  # a run that had no average starts it at its first update
+        if self.ema and saved["ema"]:
             self.ema.load_state_dict(saved["ema"])
+        elif self.ema:  # the run had no average: it starts at the next update, and until then it is the weights
+            self.ema.module.load_state_dict(saved["network"])
         if self.accelerator.scaler and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
 

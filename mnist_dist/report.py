@@ -14,7 +14,7 @@ from mnist_dist.cpu import usable_cores
 from mnist_dist.data import load_dataset
 from mnist_dist.errors import RequestError
 from mnist_dist.evaluate import Evaluation, evaluate, load_weights
-from mnist_dist.fetch import fetch
+from mnist_dist.fetch import dataset_file, fetch
 from mnist_dist.models import build_model
 
 
@@ -72,13 +72,19 @@ def _read(path: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def _config(weights_file: Path, overrides: dict[str, Any]) -> Config:
-    """The configuration of the run that the weights lie in, if they lie in one, with the overrides."""
+    """What to evaluate on: as the run that the weights lie in, if they lie in one, with the overrides."""
     checkpoints = weights_file.absolute().parent.parent
-    run_dir = checkpoints.parent
-    if checkpoints.name == "checkpoints" and (run_dir / "config.yaml").is_file():
-        run, _ = load([str(run_dir / "config.yaml")])
-        return build(run.model_dump() | overrides)
-    return build(overrides)
+    run_file = checkpoints.parent / "config.yaml"
+    if checkpoints.name != "checkpoints" or not run_file.is_file():
+        return build(overrides)
+    run, _ = load([str(run_file)])
+    inherited: dict[str, Any] = {
+        "dataset": run.dataset,
+        "validation": run.validation,
+    }  # what is measured; the rest was that machine's
+    if dataset_file(str(overrides.get("dataset", run.dataset)), run.data_dir).exists():
+        inherited["data_dir"] = run.data_dir
+    return build(inherited | overrides)
 
 
 def _table(result: Evaluation) -> str:

@@ -27,7 +27,7 @@ RUNS = Path("runs")
 
 
 def create(recipe: str) -> Path:
-    """A new directory runs/RECIPE-YYYYMMDD-HHMMSS, with runs/latest pointing to it. Raises RunError."""
+    """A new directory runs/RECIPE-YYYYMMDD-HHMMSS. Raises RunError."""
     stem = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 1
     try:
@@ -39,13 +39,23 @@ def create(recipe: str) -> Path:
                 break
             except FileExistsError:
                 number += 1
-        link = RUNS / f".latest-{os.getpid()}"
-        link.unlink(missing_ok=True)  # a crash's; in containers process ids come again
-        link.symlink_to(path.name)
-        link.replace(RUNS / "latest")
     except OSError as error:
         raise RunError(f"no run directory can be made in {RUNS.absolute()}: {error.strerror}; give run_dir=") from None
     return path
+
+
+def point_latest(run_dir: Path) -> None:
+    """Let runs/latest point to a run directory, if that lies in runs/. Raises OSError."""
+    if run_dir.absolute().parent != RUNS.absolute():
+        return
+    link = RUNS / f".latest-{os.getpid()}"
+    link.unlink(missing_ok=True)  # a crash's; in containers process ids come again
+    link.symlink_to(run_dir.name)
+    try:
+        link.replace(RUNS / "latest")
+    except OSError as error:
+        link.unlink()
+        raise OSError(error.errno, error.strerror, str(RUNS / "latest")) from None
 
 
 class Lock:

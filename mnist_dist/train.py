@@ -14,7 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_avail
 from mnist_dist import checkpoint, rundir
 from mnist_dist.config import IDENTITY, Config
 from mnist_dist.cpu import tune_cpu
-from mnist_dist.data import Dataset, load_dataset
+from mnist_dist.data import Dataset, check_validation, load_dataset
 from mnist_dist.errors import RequestError, RunError
 from mnist_dist.fetch import fetch
 from mnist_dist.journal import Journal, warn
@@ -60,18 +60,19 @@ def _train(config: Config, recipe: str, world: World, fetched: str | RequestErro
     dataset = _load_dataset(config, world, name)  # collective
     run = world.together(lambda: _open_run(config, recipe) if world.is_main else None)  # collective
     journal = run.journal if run else None
-    run_dir, saved = world.broadcast((run.run_dir, run.saved) if run else None)  # collective
+    run_dir, found = world.broadcast((run.run_dir, run.found) if run else None)  # collective
 
     trainer = Trainer(config, world, dataset, run_dir, journal)
-    if saved:
-        world.together(lambda: _resume(config, dataset, trainer, saved))  # collective
+    if found:
+        world.together(lambda: _resume(config, dataset, trainer, found))  # collective
     done = rundir.done_step(run_dir) if run else None
     if world.broadcast(done is not None and done >= trainer.total_steps):  # collective
         if journal:
+            (run_dir / "STOP").unlink(missing_ok=True)
             journal.say(f"{run_dir} is finished (step {done}); nothing to do")
         return 0
     trainer.learner.prepare()  # collective
-    world.together(lambda: _describe(config, world, dataset, trainer, resumed=bool(saved)))  # collective
+    world.together(lambda: _describe(config, world, dataset, trainer, resumed=bool(found)))  # collective
     if config.log_with:
         _start_trackers(config, world, run_dir, journal)  # collective
 
@@ -128,10 +129,11 @@ class Run:
     run_dir: Path
     lock: rundir.Lock
     journal: Journal
-    saved: bytes | None  # the training state to go on with
+    found: checkpoint.Checkpoint | None  # to go on from
 
 
 def _open_run(config: Config, recipe: str) -> Run:
+    start = None if config.resume in ("auto", "never") else checkpoint.find(Path(config.resume), warn)
     run_dir = config.run_dir or rundir.create(recipe)
     lock = rundir.Lock(run_dir)
     journal = Journal(run_dir)
@@ -141,16 +143,17 @@ def _open_run(config: Config, recipe: str) -> Run:
     found = checkpoint.newest(checkpoints, journal.say)
     if found and config.resume == "never":
         raise RequestError(f"resume=never, but run_dir={run_dir} has checkpoints; give another run_dir")
-    if not found and config.resume not in ("auto", "never"):
-        found = checkpoint.find(Path(config.resume), journal.say)
+    if found and start:  # so a run that was started from another and put back into the queue goes on with its own
+        journal.say(f"note: resume={config.resume} is not used, since run_dir={run_dir} has checkpoints of its own")
+    found = found or start
     if found:
         journal.say(f"going on from {found.path}")
-    return Run(run_dir, lock, journal, found.training if found else None)
+    return Run(run_dir, lock, journal, found)
 
 
-def _resume(config: Config, dataset: Dataset, trainer: Trainer, saved: bytes) -> None:
+def _resume(config: Config, dataset: Dataset, trainer: Trainer, found: checkpoint.Checkpoint) -> None:
     """Put a checkpoint's state into the trainer, unless it is another run's."""
-    state = checkpoint.parse_training(saved, Path(checkpoint.TRAINING))
+    state = checkpoint.parse_training(found.training, found.path / checkpoint.TRAINING)
     before = dict(state.get("config", {}))
     now = config.model_dump(mode="json")
     before_data, data = state.get("dataset", {}), {"name": dataset.name, "fingerprint": dataset.fingerprint}
@@ -164,6 +167,7 @@ def _resume(config: Config, dataset: Dataset, trainer: Trainer, saved: bytes) ->
     if before_data != data:
         raise RequestError(f"the checkpoint was trained on other images that are called {dataset.name} too")
     trainer.load_state_dict(state)
+    trainer.last_good = str(found.path)
     ignored = ("dataset", "data_dir", "run_dir", "resume", "mirror", "missing")
     changed = [f"{key}={before.get(key)} is now {now[key]}" for key in now if before.get(key) != now[key]]
     if trainer.journal:
@@ -177,6 +181,7 @@ def _describe(config: Config, world: World, dataset: Dataset, trainer: Trainer, 
         return
     run_dir = trainer.run_dir
     (run_dir / "DONE").unlink(missing_ok=True)  # more steps are asked for than it had
+    rundir.point_latest(run_dir)
     rundir.write_atomically(run_dir / "config.yaml", config.to_yaml())
     facts = {
         **rundir.versions(),
@@ -278,7 +283,9 @@ def plan(config: Config, world_size: int) -> str:
         f"images a rank takes per step: {config.batch_size // world_size}",
         f"parameters: {num_parameters(build_model(config.model, config.seed)):,}",
     ]
-    num_images = {"emnist-digits": 240_000}.get(config.dataset, 60_000) - config.validation
+    num_images = {"emnist-digits": 240_000}.get(config.dataset, 60_000)
+    check_validation(config.validation, config.dataset, num_images)
+    num_images -= config.validation
     steps = config.epochs * -(-num_images // config.batch_size)
     lines.append(f"steps: {min(steps, config.max_steps or steps):,} on {num_images:,} images")
     return config.to_yaml() + "".join(f"# {line}\n" for line in lines)

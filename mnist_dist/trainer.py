@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class State:
     step: int = 0  # global batches trained on; the cursor is divmod(step, steps_per_epoch)
     skipped: int = 0  # those of them whose update the fp16 scaler skipped: the schedule does not count them
     seconds: float = 0.0  # of training: evaluation and saving are not counted
+    epoch_loss: float = 0.0  # sum over the images of this epoch so far, nats
+    epoch_images: int = 0
 
 
 class Trainer:
@@ -90,7 +92,6 @@ class Trainer:
         while self.state.step < self.total_steps:
             epoch, first = divmod(self.state.step, steps_per_epoch)
             order = self.shares.order(epoch)
-            epoch_loss, epoch_images = 0.0, 0
             for step_in_epoch in range(first, steps_per_epoch):
                 self.train_step(order, epoch, step_in_epoch)
                 epoch_ends = step_in_epoch == steps_per_epoch - 1 or self.state.step == self.total_steps
@@ -98,12 +99,15 @@ class Trainer:
                     continue
                 losses, stopping, save_due = self.pulse()  # collective
                 counts = [self.shares.count(step) for step in range(self.state.step - len(losses), self.state.step)]
-                epoch_loss += sum(loss * count for loss, count in zip(losses, counts, strict=True))
-                epoch_images += sum(counts)
+                self.state.epoch_loss += sum(loss * count for loss, count in zip(losses, counts, strict=True))
+                self.state.epoch_images += sum(counts)
                 self.log_steps(epoch, losses, sum(counts))
                 self.check_finite(losses)
-                if epoch_ends and self.world.is_main:
-                    self.evaluate(epoch, epoch_loss / epoch_images)
+                if epoch_ends:
+                    train_loss = self.state.epoch_loss / self.state.epoch_images
+                    self.state.epoch_loss, self.state.epoch_images = 0.0, 0
+                    if self.world.is_main:
+                        self.evaluate(epoch, train_loss)
                 if epoch_ends or stopping or save_due:
                     self.save()  # collective
                 if stopping and self.state.step < self.total_steps:
@@ -254,9 +258,7 @@ class Trainer:
         """What training goes on with: only tensors, numbers and strings, so that it loads without running code."""
         return {
             "format": 1,
-            "step": self.state.step,
-            "skipped": self.state.skipped,
-            "seconds": self.state.seconds,
+            **asdict(self.state),
             **self.learner.state_dict(),
             "config": self.config.model_dump(mode="json"),
             "dataset": {"name": self.dataset.name, "fingerprint": self.dataset.fingerprint},
@@ -266,7 +268,13 @@ class Trainer:
         """Go on where `saved` stands; before `prepare`, on every rank. Raises RequestError where it is malformed."""
         try:
             self.learner.load_state_dict(saved)
-            self.state = State(int(saved["step"]), int(saved["skipped"]), float(saved["seconds"]))
+            self.state = State(
+                int(saved["step"]),
+                int(saved["skipped"]),
+                float(saved["seconds"]),
+                float(saved["epoch_loss"]),
+                int(saved["epoch_images"]),
+            )
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RequestError(f"the checkpoint does not fit this run: {str(error).splitlines()[0]}") from None
         self.pulse_step = self.state.step + 1

@@ -138,6 +138,11 @@ def _gather(value: Any, size: int) -> list[Any]:
     return values
 
 
+def _refusal(rank: int, sentence: str) -> RequestError | SystemExit:
+    """What to raise where every rank finds the same: rank 0 says it."""
+    return SystemExit(2) if rank else RequestError(sentence)
+
+
 def join(config: Config) -> World:
     """Join the other ranks. Collective. Raises RequestError, RunError."""
     world_size = launched_world_size(os.environ)
@@ -167,7 +172,7 @@ def join(config: Config) -> World:
     members = _gather(me, world_size)
     rank = dist.get_rank() if world_size > 1 else 0
     if len({m.device.split(":")[0] for m in members}) > 1:
-        raise RequestError(f"some ranks have a GPU and others none: {', '.join(m.device for m in members)}")
+        raise _refusal(rank, f"some ranks have a GPU and others none: {', '.join(m.device for m in members)}")
     if use_cpu:
         # Whatever the launcher set: `accelerate launch` gives OMP_NUM_THREADS=1, one core of many.
         torch.set_num_threads(config.threads or choose_threads(members, rank))
@@ -178,7 +183,7 @@ def join(config: Config) -> World:
     if precision == "auto":
         precision = "bf16" if all(m.has_bf16 for m in members) else "no"
     if precision == "fp16" and use_cpu:
-        raise RequestError("precision=fp16 needs a GPU (there is no gradient scaler on a CPU); use bf16, no or auto")
+        raise _refusal(rank, "precision=fp16 needs a GPU (there is no gradient scaler on a CPU); use bf16, no or auto")
     notes = overridden(os.environ, precision)
     if precision == "bf16" and not me.has_bf16:
         notes.append("precision=bf16 is slower than precision=no here: this hardware has no matrix units for it")
@@ -208,7 +213,9 @@ def join(config: Config) -> World:
         DistributedType.MULTI_GPU,
         DistributedType.MULTI_XPU,
     ):
-        raise RequestError(f"this job does not run on {accelerator.distributed_type}; it knows CPUs and GPUs with DDP")
+        raise _refusal(
+            rank, f"this job does not run on {accelerator.distributed_type}; it knows CPUs and GPUs with DDP"
+        )
     watch = None
     if world_size > 1:
         store = _connect(config.timeout_s, hosting=False)

@@ -16,8 +16,8 @@ MAX_CONFIG_BYTES = 64 * 1024  # a recipe is about one kilobyte; anything near th
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML 1.1 as SafeLoader reads it, but two values for one key, an alias or a merge are errors, and 1e-3 is a
-    number (YAML 1.1 wants 1.0e-3 and would give a string)."""
+    """YAML as SafeLoader reads it, but two values for one key, an alias or a merge are errors, and numbers are what
+    they look like: YAML 1.1 would take 1e-3 for a string, 010 for 8 and 1:30 for 90."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -38,10 +38,17 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_FLOAT_WITHOUT_POINT = r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(_FLOAT_WITHOUT_POINT), list("-+0123456789")
-)
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(?:0|[1-9][0-9_]*)",
+    "tag:yaml.org,2002:float": r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+}
+_UniqueKeyLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _UniqueKeyLoader.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), list("-+.0123456789"))
 
 
 def parse_yaml(text: str, where: str) -> Any:

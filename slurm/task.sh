@@ -10,7 +10,6 @@ if [ "$1" = rank ]; then
   # A signal must not kill the process before Python has its handlers. (Python takes the signals back.)
   trap "" USR1 TERM
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID LOCAL_WORLD_SIZE=$NPROC
-  export MNIST_DIST_EXIT_CODE_WHEN_STOPPED=0 # srun would take 3 for a failure; the job script looks for DONE
 else
   export NNODES=$SLURM_JOB_NUM_NODES NODE_RANK=$SLURM_NODEID
   # Without this the launcher dies of USR1 and leaves its ranks behind.

@@ -127,7 +127,7 @@ if [ -n "${DRY_RUN:-}" ]; then
 fi
 
 # --- run. A wrong request is refused before anything starts: one sentence, and no requeue.
-"${request[@]}" || exit
+"${request[@]}" >/dev/null || exit
 
 stop_ranks() { # the one way of stopping that every rank hears, under every launcher
   say "SIG$1: asking the ranks to save and stop"
@@ -146,6 +146,8 @@ if [ "$restarts" -gt 0 ] && [ -e "$run_dir/lock" ] && ! flock --nonblock "$run_d
   flock --wait 300 "$run_dir/lock" true || refuse "$(cat "$run_dir/lock") still holds run_dir=$run_dir; end it and submit again"
 fi
 [ -n "$stopping" ] || rm -f "$run_dir/STOP"
+# srun would take 3 for a failure, and end ranks that are about to leave: they end with 0, and rank 0 leaves it there.
+export MNIST_DIST_EXIT_CODE_FILE=$run_dir/.exit-code-$job-$restarts
 num_lines=$(grep -c "" "$run_dir/metrics.jsonl" 2>/dev/null || true)
 
 "${step[@]}" &
@@ -155,6 +157,8 @@ while kill -0 "$srun" 2>/dev/null; do
 done
 code=0
 wait "$srun" || code=$?
+if [ "$code" = 0 ]; then code=$(cat "$MNIST_DIST_EXIT_CODE_FILE" 2>/dev/null || echo 0); fi
+rm -f "$MNIST_DIST_EXIT_CODE_FILE"
 trap "" USR1 TERM # nothing is left to be stopped
 
 # --- what has happened? The run's own last word says it best: an exit status may be that of the clearing up.

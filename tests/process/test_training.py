@@ -3,10 +3,7 @@
 import functools
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +13,7 @@ from safetensors.torch import load_file
 from tests.conftest import (
     NUM_TEST,
     NUM_TRAIN,
-    REPOSITORY,
-    TRAIN,
     become,
-    clean_environment,
     free_port,
     has_steps,
     losses,
@@ -58,6 +52,12 @@ def train(folder: Path, data_dir: Path, *arguments: str, world_size: int = 1, ep
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     """Those of the newest checkpoint."""
     return load_file(sorted((run_dir / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+
+
+def table(run_dir: Path) -> list[list[str]]:
+    """The rows of epochs on the console, without the seconds."""
+    rows = [line.split()[2:] for line in (run_dir / "console.log").read_text().splitlines()]
+    return [row[:-1] for row in rows if len(row) == 6 and row[0].isdecimal()]
 
 
 def assert_close(one: Path, other: Path, tolerance: float) -> None:
@@ -160,6 +160,7 @@ def test_resuming_is_exact_to_the_last_bit(
 ) -> None:
     interrupt(tmp_path, data_dir, recipe, 1, num_steps)
     assert_close(straight, train(tmp_path, data_dir, *recipe), 0)
+    assert table(tmp_path / "run") == table(straight)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2)])
@@ -196,6 +197,30 @@ def test_another_runs_checkpoint_is_refused(change: str, sentence: str, data_dir
     assert result.code == 2
     assert sentence in result.output
     assert result.output.count("\n") <= 2
+
+
+def test_a_run_without_its_done_goes_on_from_what_it_has(data_dir: Path, tmp_path: Path) -> None:
+    """As after a kill between the last checkpoint and DONE, with an average asked for that it did not have."""
+    train(tmp_path, data_dir, epochs=2)
+    (tmp_path / "run" / "DONE").unlink()
+    (tmp_path / "run" / "STOP").touch()
+    arguments = [*COMMON, f"data_dir={data_dir}", "epochs=2", "ema=0.9", "resume=run"]
+    result = run_ranks(arguments, tmp_path)
+    assert result.code == 0
+    assert "note: resume=run is not used, since run_dir=run has checkpoints of its own" in result.output
+    assert result.output.endswith("weights in run/checkpoints/step-00000032/model.safetensors\n")
+    first, again = metrics(tmp_path / "run", "done")
+    assert again["accuracy"] == first["accuracy"]
+    assert not (tmp_path / "run" / "STOP").exists()
+
+
+def test_a_run_that_goes_on_names_the_checkpoint_that_it_has(data_dir: Path, tmp_path: Path) -> None:
+    train(tmp_path, data_dir, epochs=1)
+    log = tmp_path / "output.txt"
+    arguments = [*COMMON, f"data_dir={data_dir}", "epochs=2"]
+    result = wait_ranks(start_ranks(arguments, log, target=functools.partial(_poison, 20)), log)
+    assert result.code == 1
+    assert "the last good checkpoint is run/checkpoints/step-00000016;" in result.output
 
 
 def test_other_images_under_the_same_name_are_refused(data_dir: Path, tmp_path: Path) -> None:
@@ -277,45 +302,6 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(world_size: int, data_dir: Pa
     assert result.output.count("mnist-dist:") == 1
     reason = metrics(tmp_path / "run", "failed")[0]["reason"]
     assert "step 20" in reason
-
-
-def launch(command: list[str], folder: Path, data_dir: Path, **environment: str) -> str:
-    """Run a launcher as a user would, and return what it printed."""
-    paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = clean_environment(PATH=paths, HF_HOME=str(folder), MNIST_DIST_DATA_DIR=str(data_dir), **environment)
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
-@pytest.mark.parametrize(
-    ("command", "num_ranks"),
-    [
-        ([sys.executable, str(TRAIN)], 1),
-        (["accelerate", "launch", str(TRAIN)], 1),
-        (["torchrun", "--standalone", "--nproc-per-node=2", str(TRAIN)], 2),
-        ([str(REPOSITORY / "launch/local.sh")], 2),
-    ],
-    ids=["python", "accelerate", "torchrun", "local.sh"],
-)
-def test_every_launcher_ends_alike(command: list[str], num_ranks: int, data_dir: Path, tmp_path: Path) -> None:
-    straight = train(tmp_path / "straight", data_dir, *RECIPES["mlp"], epochs=1)
-    arguments = [*COMMON, *RECIPES["mlp"], "epochs=1"]
-    output = launch([*command, *arguments], tmp_path, data_dir, NPROC=str(num_ranks))
-    assert_close(straight, tmp_path / "run", 1e-5 if num_ranks > 1 else 0)
-    assert f"{num_ranks} rank" in output
-    assert "Traceback" not in output
-    assert len(re.findall("test accuracy [0-9.]+ %", output)) == 1
-
-
-def test_two_unconnected_processes_are_refused(data_dir: Path, tmp_path: Path) -> None:
-    command = ["accelerate", "launch", "--cpu", "--num_processes", "4", str(TRAIN), *COMMON]
-    paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = clean_environment(PATH=paths, HF_HOME=str(tmp_path), MNIST_DIST_DATA_DIR=str(data_dir))
-    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
-    assert result.returncode != 0
-    assert "`accelerate launch` was asked for several CPU processes and started one" in result.stderr
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_tracker_gets_every_recorded_step(data_dir: Path, tmp_path: Path) -> None:

@@ -25,13 +25,13 @@ ARGUMENTS = ("configs/mlp.yaml", "lr=2e-3", "run_dir=runs/two words")
 TOOLS = ("awk", "basename", "bash", "date", "dirname", "env", "head", "hostname", "realpath", "sed", "sort")
 _VARIABLES = (
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT NNODES NODE_RANK NPROC CUDA_VISIBLE_DEVICES "
-    "ACCELERATE_USE_CPU PET_SIGNALS_TO_HANDLE MNIST_DIST_EXIT_CODE_WHEN_STOPPED"
+    "ACCELERATE_USE_CPU PET_SIGNALS_TO_HANDLE MNIST_DIST_EXIT_CODE_FILE"
 )
 _STAND_IN = f"""\
 #!/bin/bash
 case "$*" in
   -c*) awk -F, '{{ print NF }}' <<<"${{CUDA_VISIBLE_DEVICES:-}}"; exit ;; # how many GPUs torch sees
-  *--check*) exit ;;
+  *--check*) printf 'mlp\\nruns/two words\\n'; exit ;;
 esac
 line="$SLURMD_NODENAME, task $SLURM_PROCID:"
 for name in {_VARIABLES}; do
@@ -101,6 +101,7 @@ def _normal(text: str, project: Path) -> str:
         text = text.replace(str(place), "PROJECT")
     text = text.replace(f" {os.uname().nodename};", " HOST;")
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "DATE", text)
+    text = re.sub(r"(_EXIT_CODE_FILE=)\S*/tmp\.\w+", r"\1TEMPORARY", text)
     text = re.sub(r"(sweep|scaling)-\d{8}-\d{6}", r"\1-TIME", text)
     return re.sub(r"(MASTER_PORT=|_port |meet at 127.0.0.1:)\d+", r"\1PORT", text)
 

@@ -174,7 +174,8 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, submit: Sub
 
 def test_a_time_limit_that_is_too_short(too_short: tuple[Future[Job], Future[Job]], undisturbed: Undisturbed) -> None:
     job = too_short[0].result()
-    assert_done(job, undisturbed(1), restarts=2)
+    assert_done(job, undisturbed(1), restarts=None)
+    assert int(job.show("Restarts")) >= 2  # a slow machine has more
     round_trip = (": asking the ranks to save and stop", "stopped at step", "back into the queue, requeue")
     assert_tells(job.log, "restart 0", *round_trip, "restart 1", *round_trip, "restart 2", "finished")
 

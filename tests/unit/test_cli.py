@@ -19,7 +19,7 @@ from mnist_dist.data import load_dataset
 from mnist_dist.digits import draw_digits
 from mnist_dist.evaluate import Evaluation, evaluate
 from mnist_dist.models import build_model
-from tests.conftest import NUM_TEST, REPOSITORY, clean_environment
+from tests.conftest import NUM_TEST, REPOSITORY, TRAIN, clean_environment
 
 MAIN = "import sys; from mnist_dist.cli import main; sys.exit(main())"
 LONG = "x" * 5000  # no file system takes such a name
@@ -141,19 +141,11 @@ def test_bad_requests(arguments: list[str], sentence: str, weights: Path, capsys
 @pytest.mark.parametrize("verb", ["train", "evaluate", "fetch"])
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_of_a_verb(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        main([verb, flag])
-    assert left.value.code == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    assert captured.out.startswith(f"usage: mnist-dist {verb} ")
+    assert printed([verb, flag], capsys).startswith(f"usage: mnist-dist {verb} ")
 
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(["--help"])
-    assert left.value.code == 0
-    text = capsys.readouterr().out
+    text = printed(["--help"], capsys)
     assert all(f"\n    {verb} " in text for verb in ("train", "evaluate", "fetch"))
 
 
@@ -239,6 +231,17 @@ def test_a_run_on_other_images_can_be_evaluated(run_dir: Path, capsys: pytest.Ca
     assert "missing=fail forbids the network" in refusal(arguments, capsys)  # it was kmnist that was looked for
 
 
+def test_a_run_is_evaluated_where_its_machines_folders_are_not(
+    run_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"dataset": "synthetic", "data_dir": "not/here", "missing": "fail", "validation": 150, "threads": 999}
+    (run_dir / "config.yaml").write_text(build(settings).to_yaml())
+    monkeypatch.setenv("MNIST_DIST_DATA_DIR", str(data_dir))
+    figures = strict(printed(["evaluate", str(run_dir), "--json"], capsys))
+    assert (figures["split"], figures["count"]) == ("validation", 150)
+    assert torch.get_num_threads() < 999
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -319,6 +322,24 @@ def test_fetch_brings_a_dataset_once_and_says_where_it_is(
     assert printed(["fetch", "dataset=synthetic"], capsys) == "synthetic is in here/synthetic.safetensors\n"
 
 
+def test_fetch_looks_at_what_is_there(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cwd / "mnist.safetensors").write_text("junk")
+    sentence = refusal(["fetch", "data_dir=."], capsys)
+    assert sentence.startswith("mnist-dist: mnist.safetensors cannot be read")
+    assert sentence.endswith("; delete it and run `mnist-dist fetch dataset=mnist data_dir=.`")
+
+
+def test_a_plan_without_images_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = refusal(["train", "--dry-run", "validation=60000"], capsys)
+    assert "validation=60000 leaves nothing to train on; mnist has 60000 training images" in sentence
+
+
+def test_what_a_script_asks_a_request_for(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cwd / "my recipe.yaml").write_text("run_dir: a b\n")
+    assert printed(["train", "--check", "my recipe.yaml"], capsys) == "my recipe\na b\n"
+    assert printed(["train", "--check", "model=mlp"], capsys) == "mlp\n\n"
+
+
 @pytest.mark.parametrize("make_mirror", [True, False])
 def test_a_mirror_without_the_files_is_one_sentence(
     make_mirror: bool, cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -357,6 +378,14 @@ def test_a_full_disk_behind_the_output_is_one_sentence() -> None:
         result = run_main("train", "--help", stdout=full.fileno())
     assert result.stderr == b"mnist-dist: the output cannot be written: No space left on device\n"
     assert result.returncode == 1
+
+
+def test_without_an_output_there_is_no_crash(data_dir: Path, tmp_path: Path) -> None:
+    environment = clean_environment(PYTHONPATH=str(REPOSITORY), MNIST_DIST_DATA_DIR=str(data_dir))
+    command = f'exec "{sys.executable}" "{TRAIN}" dataset=synthetic max_steps=1 run_dir=run >&-'
+    result = subprocess.run(["bash", "-c", command], env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "test accuracy" in (tmp_path / "run" / "console.log").read_text()
 
 
 def test_a_path_that_is_no_text_is_no_crash(weights: Path, data_dir: Path) -> None:

@@ -29,6 +29,7 @@ BAD = [
     (["lr={a: 1}"], "is not a number"),
     (["lr=true"], "lr=true is not a number"),
     (["lr=1", "lr=2"], "two values for lr"),
+    (["lr=1:30"], "lr=1:30 is not a number"),
     (["epochs=1.5"], "epochs=1.5 is not a whole number"),
     (["epochs=0"], "at least 1"),
     (["epochs=-3"], "at least 1"),
@@ -37,6 +38,7 @@ BAD = [
     (["batch_size=0"], "at least 1"),
     (["batch_size=64.5"], "not a whole number"),
     (["batch_size=1e2000"], "batch_size"),
+    (["batch_size=1000000000000"], "at most 1048576"),
     (["micro_batch=-1"], "at least 0"),
     (["micro_batch=128"], "micro_batch=128 is larger than batch_size=64"),
     (["max_steps=-1"], "at least 0"),
@@ -80,7 +82,9 @@ BAD = [
     (["log_every_steps=0"], "at least 1"),
     (["log_with=tensorboard"], "is not a list"),
     (["threads=-1"], "at least 0"),
+    (["threads=20000"], "at most 1024"),
     (["timeout_s=0"], "more than 0"),
+    (["timeout_s=1e300"], "at most 1000000"),
     (["run_dir="], "run_dir= has no value"),
     (["data_dir="], "data_dir= has no value"),
     (["resume="], "resume= has no value"),
@@ -158,6 +162,7 @@ def test_files_that_are_none(cwd: Path, capsys: pytest.CaptureFixture[str]) -> N
         ({"RANK": "0"}, "WORLD_SIZE=''"),
         ({"WORLD_SIZE": "2"}, "RANK=''"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "do not fit together"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x'"),
         ({"MASTER_ADDR": "127.0.0.1"}, "launch/local.sh"),
         ({"ACCELERATE_USE_FSDP": "true"}, "told to use FSDP"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "told to use DEEPSPEED"),
@@ -199,6 +204,9 @@ def test_values_are_read_as_meant(monkeypatch: pytest.MonkeyPatch, cwd: Path) ->
     assert (config.data_dir, config.run_dir) == (Path("1e3"), Path("a b/ü"))
     assert config.log_with == ("tensorboard",)
     assert config.precision == load(["precision=no"])[0].precision == "no"
+    numbers, _ = load(["seed=010", "batch_size=1_024", "lr=.5E-2", "shift=2.", "rotate=+7", "scale=0"])  # none is octal
+    assert (numbers.seed, numbers.batch_size, numbers.lr) == (10, 1024, 5e-3)
+    assert (numbers.shift, numbers.rotate, numbers.scale) == (2.0, 7.0, 0.0)
     monkeypatch.setenv("MNIST_DIST_DATA_DIR", "/elsewhere")
     assert load([])[0].data_dir == Path("/elsewhere")
 

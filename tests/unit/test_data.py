@@ -193,5 +193,5 @@ def test_a_damaged_file_is_refused_in_one_sentence(data_dir: Path, tmp_path: Pat
         load_dataset("synthetic", tmp_path)
     text = str(raised.value)
     assert text.startswith(f"{path} {sentence}")
-    assert text.endswith("delete it, and it is fetched again")
+    assert text.endswith(f"; delete it and run `mnist-dist fetch dataset=synthetic data_dir={tmp_path}`")
     assert "\n" not in text

@@ -1,9 +1,11 @@
 """What the launcher said is believed only where it is whole, and what we do not do is refused or said."""
 
+from pathlib import Path
+
 import pytest
 
 from mnist_dist.errors import RequestError
-from mnist_dist.launcher import check_batch, check_launcher, launched_world_size, overridden
+from mnist_dist.launcher import answer, check_batch, check_launcher, launched_world_size, overridden
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,21 @@ def test_a_launch_that_is_half_said_is_refused(environment: dict[str, str], sent
     with pytest.raises(RequestError) as raised:
         launched_world_size(environment)
     assert sentence in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("rank", "code", "ends_with", "left"),
+    [("0", 0, 0, "0\n"), ("0", 3, 0, "3\n"), ("1", 3, 0, ""), ("1", 2, 0, ""), ("0", 1, 1, ""), ("1", 1, 1, "")],
+)
+def test_what_is_no_failure_of_a_rank_is_left_in_a_file(
+    rank: str, code: int, ends_with: int, left: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "code"
+    path.touch()
+    assert answer({"RANK": rank, "MNIST_DIST_EXIT_CODE_FILE": str(path)}, code) == ends_with
+    assert path.read_text() == left
+    assert answer({"RANK": rank}, code) == code
+    assert answer({"RANK": rank, "MNIST_DIST_EXIT_CODE_FILE": "/dev/full"}, 3) == (3 if rank == "0" else 0)
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(64, 1), (64, 64), (96, 3), (1, 1)])

@@ -13,7 +13,7 @@ import pytest
 
 from mnist_dist import rundir
 from mnist_dist.errors import RequestError, RunError
-from mnist_dist.rundir import Lock, create, done_step, versions, write_atomically, write_json
+from mnist_dist.rundir import Lock, create, done_step, point_latest, versions, write_atomically, write_json
 from tests.conftest import REPOSITORY, clean_environment
 
 
@@ -28,12 +28,11 @@ def python(code: str, *arguments: object, **options: object) -> subprocess.Popen
     )
 
 
-def test_a_run_directory_is_named_after_recipe_and_time_and_is_the_latest(cwd: Path) -> None:
+def test_a_run_directory_is_named_after_recipe_and_time(cwd: Path) -> None:
     path = create("cnn")
     assert re.fullmatch(r"runs/cnn-\d{8}-\d{6}", str(path))
     assert list(path.iterdir()) == []
-    assert str(Path("runs/latest").readlink()) == path.name  # relative, so that the folder can be moved
-    assert sorted(p.name for p in Path("runs").iterdir()) == sorted(["latest", path.name])
+    assert list(Path("runs").iterdir()) == [path]
 
 
 def test_starts_in_the_same_second_have_directories_of_their_own(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +41,6 @@ def test_starts_in_the_same_second_have_directories_of_their_own(cwd: Path, monk
     for name in ("cnn-20250102-030405", "cnn-20250102-030405-2", "cnn-20250102-030405-3"):
         created.append(create("cnn"))
         assert created[-1] == Path("runs", name)
-        assert Path("runs/latest").resolve() == created[-1].resolve()
     assert create("mlp") == Path("runs/mlp-20250102-030405")
 
 
@@ -52,26 +50,34 @@ def test_processes_that_start_at_once_have_directories_of_their_own(cwd: Path) -
     created = [line for process in processes for line in process.communicate()[0].splitlines()]
     assert [process.returncode for process in processes] == [0] * 4
     assert len(created) == len(set(created)) == 80
-    assert f"runs/{Path('runs/latest').readlink()}" in created
-    assert len(list(Path("runs").iterdir())) == 81  # nothing else is left over
+    assert len(list(Path("runs").iterdir())) == 80  # nothing else is left over
 
 
-def test_a_link_that_a_crash_left_is_no_hindrance(cwd: Path) -> None:
+def test_latest_points_to_the_latest_run_in_runs(cwd: Path) -> None:
     Path("runs").mkdir()
-    Path(f"runs/.latest-{os.getpid()}").symlink_to("gone")  # in containers process ids come again
-    path = create("cnn")
-    assert str(Path("runs/latest").readlink()) == path.name
+    Path(f"runs/.latest-{os.getpid()}").symlink_to("gone")  # a crash's; in containers process ids come again
+    for path in (create("cnn"), cwd / "runs" / "absolute"):
+        point_latest(path)
+        assert str(Path("runs/latest").readlink()) == path.name  # relative, so that the folder can be moved
+    for elsewhere in (Path("run"), Path("runs/sweep/0"), Path("other/runs/x")):
+        point_latest(elsewhere)
+        assert str(Path("runs/latest").readlink()) == "absolute"
+
+
+def test_a_folder_called_latest_is_named(cwd: Path) -> None:
+    Path("runs/latest").mkdir(parents=True)
+    with pytest.raises(OSError, match="runs/latest"):
+        point_latest(create("cnn"))
+    assert not list(Path("runs").glob(".latest*"))
 
 
 @pytest.mark.timeout(5)
-@pytest.mark.parametrize("obstacle", ["file", "dangling link", "latest is a folder", "name too long"])
+@pytest.mark.parametrize("obstacle", ["file", "dangling link", "name too long"])
 def test_a_directory_that_cannot_be_made_is_one_sentence(cwd: Path, obstacle: str) -> None:
     if obstacle == "file":
         Path("runs").write_text("")
     elif obstacle == "dangling link":  # to a file system that is not mounted here, say
         Path("runs").symlink_to(cwd / "scratch" / "runs")
-    elif obstacle == "latest is a folder":
-        Path("runs/latest").mkdir(parents=True)
     with pytest.raises(RunError, match=r"^no run directory can be made in /.*/runs: .*; give run_dir=$"):
         create("x" * 300 if obstacle == "name too long" else "cnn")
 

@@ -1,0 +1,124 @@
+"""The ways to start the job: each trains alike, hands on the exit code, and answers a wrong request in one sentence."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, TRAIN, clean_environment, free_port, has_steps, losses, wait_for
+from tests.processes import processes_of
+
+LOCAL, NODE = str(REPOSITORY / "launch/local.sh"), str(REPOSITORY / "launch/node.sh")
+COMMON = ["dataset=synthetic", "model=mlp", "threads=1", "log_every_steps=1"]
+
+
+def start(command: list[str], folder: Path, data_dir: Path, **environment: str) -> "subprocess.Popen[str]":
+    """Start a launcher as a user would, both streams in one."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = clean_environment(PATH=path, HF_HOME=str(folder), MNIST_DIST_DATA_DIR=str(data_dir), **environment)
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def launch(command: list[str], folder: Path, data_dir: Path, **environment: str) -> tuple[int, str]:
+    """Run a launcher to its end: its exit code, and what it printed."""
+    process = start([*command, *COMMON], folder, data_dir, **environment)
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize(
+    ("command", "num_ranks", "environment"),
+    [
+        ([sys.executable, str(TRAIN)], 1, {}),
+        (["accelerate", "launch", str(TRAIN)], 1, {}),
+        (["torchrun", "--standalone", "--nproc-per-node=2", str(TRAIN)], 2, {}),
+        ([LOCAL], 2, {"NPROC": "2"}),
+        ([LOCAL], 1, {"MAX_RESTARTS": "1"}),
+        ([NODE], 1, {"NNODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}),
+    ],
+    ids=["python", "accelerate", "torchrun", "local.sh", "local.sh, one rank that may restart", "node.sh"],
+)
+def test_every_launcher_ends_alike(
+    command: list[str], num_ranks: int, environment: dict[str, str], data_dir: Path, tmp_path: Path
+) -> None:
+    if command == [NODE]:
+        environment["MASTER_PORT"] = str(free_port())
+    assert launch([sys.executable, str(TRAIN), "run_dir=straight"], tmp_path, data_dir)[0] == 0
+    code, output = launch([*command, "run_dir=run"], tmp_path, data_dir, **environment)
+    assert code == 0, output
+    assert "Traceback" not in output
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "straight"), abs=1e-5 if num_ranks > 1 else 0)
+    assert f"{num_ranks} rank" in output
+    assert len(re.findall("test accuracy [0-9.]+ %", output)) == 1
+
+
+def test_two_unconnected_processes_are_refused(data_dir: Path, tmp_path: Path) -> None:
+    command = ["accelerate", "launch", "--cpu", "--num_processes", "4", str(TRAIN), "run_dir=run"]
+    code, output = launch(command, tmp_path, data_dir)
+    assert code != 0
+    assert "`accelerate launch` was asked for several CPU processes and started one" in output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        ("precision=fp16", "precision=fp16 needs a GPU (there is no gradient scaler on a CPU); use bf16, no or auto"),
+        ("resume=typo", "there is no whole checkpoint in typo; give a run's folder or one checkpoint's"),
+    ],
+)
+def test_what_the_ranks_refuse_is_one_sentence(request_: str, sentence: str, data_dir: Path, tmp_path: Path) -> None:
+    code, output = launch([LOCAL, request_], tmp_path, data_dir, NPROC="2", MAX_RESTARTS="1")
+    assert output == f"mnist-dist: {sentence}\n"
+    assert code == 2
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_wrong_environment_is_one_sentence(data_dir: Path, tmp_path: Path) -> None:
+    sentences = {
+        ("NPROC", "two"): "local.sh: NPROC=two is not a number of ranks\n",
+        ("MAX_RESTARTS", "often"): "local.sh: MAX_RESTARTS=often is not a number of restarts\n",
+        ("MASTER_PORT", "99999"): "local.sh: MASTER_PORT=99999 is not a port, 1 to 65535\n",
+        ("LOCAL_RANK", "x"): "mnist-dist: LOCAL_RANK='x' in the environment is not a number\n",
+    }
+    for (name, value), sentence in sentences.items():
+        assert launch([LOCAL], tmp_path, data_dir, **{name: value}) == (2, sentence)
+
+
+def test_what_asks_for_no_training_is_answered_once(data_dir: Path, tmp_path: Path) -> None:
+    code, output = launch([LOCAL, "--dry-run"], tmp_path, data_dir, NPROC="2")
+    assert code == 0
+    assert output.count("# world size: 2\n") == output.count("# world size") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_run_directory_of_a_file_holds_and_latest_is_the_latest(data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("max_steps: 2\nrun_dir: runs/of the file\n")
+    assert launch([LOCAL, "recipe.yaml"], tmp_path, data_dir, NPROC="2")[0] == 0
+    assert (tmp_path / "runs" / "latest").readlink().name == "of the file"
+    assert launch([LOCAL, "max_steps=2"], tmp_path, data_dir, NPROC="2")[0] == 0
+    assert re.fullmatch(r"mlp-\d{8}-\d{6}-\d+", (tmp_path / "runs" / "latest").readlink().name)
+
+
+def test_a_second_signal_ends_ranks_that_hang(data_dir: Path, tmp_path: Path) -> None:
+    process = start([LOCAL, "run_dir=run", "epochs=100000", *COMMON], tmp_path, data_dir, NPROC="2")
+    wait_for(has_steps(tmp_path / "run", 5))
+    ranks = [pid for pid in processes_of(tmp_path) if b"accelerate" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    ranks = [pid for pid in ranks if f"{TRAIN}\0" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    wait_for((tmp_path / "run" / "STOP").exists)
+    process.send_signal(signal.SIGHUP)  # at once: it is the same wish
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 137
+    assert output.endswith("local.sh: asked the ranks to stop; once more ends them at once\n")
+    wait_for(lambda: not processes_of(tmp_path))
