@@ -57,7 +57,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 def table(run_dir: Path) -> list[list[str]]:
     """The rows of epochs on the console, without the seconds."""
     rows = [line.split()[2:] for line in (run_dir / "console.log").read_text().splitlines()]
-    return [row[:-1] for row in rows if len(row) == 6 and row[0].isdecimal()]
+    return [row[:-1] for row in rows if len(row) == 7 and row[0].isdecimal()]
 
 
 def assert_close(one: Path, other: Path, tolerance: float) -> None:
@@ -161,6 +161,7 @@ def test_resuming_is_exact_to_the_last_bit(
     interrupt(tmp_path, data_dir, recipe, 1, num_steps)
     assert_close(straight, train(tmp_path, data_dir, *recipe), 0)
     assert table(tmp_path / "run") == table(straight)
+    assert len(table(straight)) == 7
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2)])
