@@ -272,8 +272,8 @@ class Trainer:
                 int(saved["step"]),
                 int(saved["skipped"]),
                 float(saved["seconds"]),
-                float(saved["epoch_loss"]),
-                int(saved["epoch_images"]),
+                float(saved.get("epoch_loss", 0)),  # the first checkpoints of this format have not got these two
+                int(saved.get("epoch_images", 0)),
             )
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RequestError(f"the checkpoint does not fit this run: {str(error).splitlines()[0]}") from None

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mnist_dist import checkpoint
 from tests.conftest import (
     NUM_TEST,
     NUM_TRAIN,
@@ -213,6 +215,16 @@ def test_a_run_without_its_done_goes_on_from_what_it_has(data_dir: Path, tmp_pat
     first, again = metrics(tmp_path / "run", "done")
     assert again["accuracy"] == first["accuracy"]
     assert not (tmp_path / "run" / "STOP").exists()
+
+
+def test_a_checkpoint_without_an_epochs_sums_is_welcome(data_dir: Path, tmp_path: Path) -> None:
+    folder = train(tmp_path, data_dir, epochs=1) / "checkpoints"
+    found = checkpoint.find(folder.parent, print)
+    training = checkpoint.parse_training(found.training, found.path)
+    del training["epoch_loss"], training["epoch_images"]
+    shutil.rmtree(found.path)
+    checkpoint.save(folder, found.step, found.weights(), training, keep=2)
+    assert len(losses(train(tmp_path, data_dir, epochs=2))) == 32
 
 
 def test_a_run_that_goes_on_names_the_checkpoint_that_it_has(data_dir: Path, tmp_path: Path) -> None:
