@@ -101,6 +101,7 @@ def _normal(text: str, project: Path) -> str:
         text = text.replace(str(place), "PROJECT")
     text = text.replace(f" {os.uname().nodename};", " HOST;")
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "DATE", text)
+    text = re.sub(r"(\.exit-code)-\d+", r"\1-JOB", text)
     text = re.sub(r"(_EXIT_CODE_FILE=)\S*/tmp\.\w+", r"\1TEMPORARY", text)
     text = re.sub(r"(sweep|scaling)-\d{8}-\d{6}", r"\1-TIME", text)
     return re.sub(r"(MASTER_PORT=|_port |meet at 127.0.0.1:)\d+", r"\1PORT", text)
