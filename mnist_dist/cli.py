@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _flush()
     except RequestError as error:
         _complain(error)
-        return 2
+        # Where all ranks are refused, rank 0 alone comes here; another rank is refused alone, which is its failure: the
+        # launcher must hear of it, and end those that wait for this one.
+        return 2 if os.environ.get("RANK", "0") in ("", "0") else 1
     except UnicodeEncodeError as error:
         _complain(RequestError(f"{error.object!a} has characters in it that this terminal's encoding does not"))
         return 2

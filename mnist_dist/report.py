@@ -78,10 +78,8 @@ def _config(weights_file: Path, overrides: dict[str, Any]) -> Config:
     if checkpoints.name != "checkpoints" or not run_file.is_file():
         return build(overrides)
     run, _ = load([str(run_file)])
-    inherited: dict[str, Any] = {
-        "dataset": run.dataset,
-        "validation": run.validation,
-    }  # what is measured; the rest was that machine's
+    # What is measured; the rest was that machine's.
+    inherited: dict[str, Any] = {"dataset": run.dataset, "validation": run.validation}
     if dataset_file(str(overrides.get("dataset", run.dataset)), run.data_dir).exists():
         inherited["data_dir"] = run.data_dir
     return build(inherited | overrides)

@@ -60,11 +60,14 @@ def _train(config: Config, recipe: str, world: World, fetched: str | RequestErro
     dataset = _load_dataset(config, world, name)  # collective
     run = world.together(lambda: _open_run(config, recipe) if world.is_main else None)  # collective
     journal = run.journal if run else None
-    run_dir, found = world.broadcast((run.run_dir, run.found) if run else None)  # collective
+    saved = run.found.training if run and run.found else None
+    run_dir, saved = world.broadcast((run.run_dir, saved) if run else None)  # collective
 
     trainer = Trainer(config, world, dataset, run_dir, journal)
-    if found:
-        world.together(lambda: _resume(config, dataset, trainer, found))  # collective
+    if saved:
+        world.together(lambda: _resume(config, dataset, trainer, saved))  # collective
+    if run and run.found:
+        trainer.last_good = str(run.found.path)
     done = rundir.done_step(run_dir) if run else None
     if world.broadcast(done is not None and done >= trainer.total_steps):  # collective
         if journal:
@@ -72,7 +75,7 @@ def _train(config: Config, recipe: str, world: World, fetched: str | RequestErro
             journal.say(f"{run_dir} is finished (step {done}); nothing to do")
         return 0
     trainer.learner.prepare()  # collective
-    world.together(lambda: _describe(config, world, dataset, trainer, resumed=bool(found)))  # collective
+    world.together(lambda: _describe(config, world, dataset, trainer, resumed=bool(saved)))  # collective
     if config.log_with:
         _start_trackers(config, world, run_dir, journal)  # collective
 
@@ -133,27 +136,32 @@ class Run:
 
 
 def _open_run(config: Config, recipe: str) -> Run:
-    start = None if config.resume in ("auto", "never") else checkpoint.find(Path(config.resume), warn)
+    start = Path(config.resume) if config.resume not in ("auto", "never") else None
+    found = None
+    if start and not (config.run_dir and (config.run_dir / "checkpoints").exists()):
+        found = checkpoint.find(start, warn)  # before a folder is made
     run_dir = config.run_dir or rundir.create(recipe)
     lock = rundir.Lock(run_dir)
     journal = Journal(run_dir)
     checkpoints = run_dir / "checkpoints"
     checkpoint.check_writable(checkpoints)
     checkpoint.sweep(checkpoints)
-    found = checkpoint.newest(checkpoints, journal.say)
-    if found and config.resume == "never":
+    own = checkpoint.newest(checkpoints, journal.say)
+    if own and config.resume == "never":
         raise RequestError(f"resume=never, but run_dir={run_dir} has checkpoints; give another run_dir")
-    if found and start:  # so a run that was started from another and put back into the queue goes on with its own
+    if own and start:  # a run that was put back into the queue; what it was started from may be gone
         journal.say(f"note: resume={config.resume} is not used, since run_dir={run_dir} has checkpoints of its own")
-    found = found or start
+    elif start:
+        found = found or checkpoint.find(start, journal.say)
+    found = own or found
     if found:
         journal.say(f"going on from {found.path}")
     return Run(run_dir, lock, journal, found)
 
 
-def _resume(config: Config, dataset: Dataset, trainer: Trainer, found: checkpoint.Checkpoint) -> None:
+def _resume(config: Config, dataset: Dataset, trainer: Trainer, saved: bytes) -> None:
     """Put a checkpoint's state into the trainer, unless it is another run's."""
-    state = checkpoint.parse_training(found.training, found.path / checkpoint.TRAINING)
+    state = checkpoint.parse_training(saved, Path(checkpoint.TRAINING))
     before = dict(state.get("config", {}))
     now = config.model_dump(mode="json")
     before_data, data = state.get("dataset", {}), {"name": dataset.name, "fingerprint": dataset.fingerprint}
@@ -167,7 +175,6 @@ def _resume(config: Config, dataset: Dataset, trainer: Trainer, found: checkpoin
     if before_data != data:
         raise RequestError(f"the checkpoint was trained on other images that are called {dataset.name} too")
     trainer.load_state_dict(state)
-    trainer.last_good = str(found.path)
     ignored = ("dataset", "data_dir", "run_dir", "resume", "mirror", "missing")
     changed = [f"{key}={before.get(key)} is now {now[key]}" for key in now if before.get(key) != now[key]]
     if trainer.journal:

@@ -72,6 +72,12 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return kept | {"TORCH_CPP_LOG_LEVEL": "ERROR"} | extra
 
 
+def user_environment(folder: Path, data_dir: Path, **extra: str) -> dict[str, str]:
+    """The same for a launcher that is started as a user would, with no settings of Accelerate's at home."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return clean_environment(PATH=path, HF_HOME=str(folder), MNIST_DIST_DATA_DIR=str(data_dir), **extra)
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

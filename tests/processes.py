@@ -11,6 +11,12 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def ranks_of(folder: Path) -> list[int]:
+    """Those of them that are ranks, not their launcher."""
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes_of(folder)}
+    return [pid for pid, line in commands.items() if b"/train.py\0" in line and b"accelerate" not in line]
+
+
 def processes_of(folder: Path) -> list[int]:
     """Those that work in a folder."""
     found = []

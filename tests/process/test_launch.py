@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, TRAIN, clean_environment, free_port, has_steps, losses, wait_for
-from tests.processes import processes_of
+from tests.conftest import REPOSITORY, TRAIN, free_port, has_steps, losses, user_environment, wait_for
+from tests.processes import processes_of, ranks_of
 
 LOCAL, NODE = str(REPOSITORY / "launch/local.sh"), str(REPOSITORY / "launch/node.sh")
 COMMON = ["dataset=synthetic", "model=mlp", "threads=1", "log_every_steps=1"]
@@ -19,8 +19,7 @@ COMMON = ["dataset=synthetic", "model=mlp", "threads=1", "log_every_steps=1"]
 
 def start(command: list[str], folder: Path, data_dir: Path, **environment: str) -> "subprocess.Popen[str]":
     """Start a launcher as a user would, both streams in one."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = clean_environment(PATH=path, HF_HOME=str(folder), MNIST_DIST_DATA_DIR=str(data_dir), **environment)
+    env = user_environment(folder, data_dir, **environment)
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -108,8 +107,7 @@ def test_the_run_directory_of_a_file_holds_and_latest_is_the_latest(data_dir: Pa
 def test_a_second_signal_ends_ranks_that_hang(data_dir: Path, tmp_path: Path) -> None:
     process = start([LOCAL, "run_dir=run", "epochs=100000", *COMMON], tmp_path, data_dir, NPROC="2")
     wait_for(has_steps(tmp_path / "run", 5))
-    ranks = [pid for pid in processes_of(tmp_path) if b"accelerate" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    ranks = [pid for pid in ranks if f"{TRAIN}\0" in Path(f"/proc/{pid}/cmdline").read_text()]
+    ranks = ranks_of(tmp_path)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGSTOP)
     process.send_signal(signal.SIGTERM)

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, TRAIN, clean_environment, has_steps, metrics, run_ranks, start_ranks, wait_for
-from tests.processes import processes_of
+from tests.conftest import REPOSITORY, TRAIN, has_steps, metrics, run_ranks, start_ranks, user_environment, wait_for
+from tests.processes import processes_of, ranks_of
 
 LONG = ["dataset=synthetic", "epochs=100000", "precision=no", "threads=1", "log_every_steps=1", "run_dir=run"]
 
 
 def start(command: list[str], folder: Path, data_dir: Path, **environment: str) -> subprocess.Popen[bytes]:
     """Start a launcher as a user would, output into output.txt, and wait until it trains."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = clean_environment(PATH=path, HF_HOME=str(folder), MNIST_DIST_DATA_DIR=str(data_dir), **environment)
+    env = user_environment(folder, data_dir, **environment)
     with (folder / "output.txt").open("ab") as output:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT)
     wait_for(has_steps(folder / "run", 5))
@@ -85,9 +84,7 @@ def test_a_lost_rank_restarts_the_job_from_its_checkpoint(data_dir: Path, tmp_pa
     command = [str(REPOSITORY / "launch/local.sh"), *LONG, "timeout_s=60"]
     process = start(command, tmp_path, data_dir, NPROC="2", MAX_RESTARTS="1")
     wait_for(has_steps(tmp_path / "run", 20))
-    ranks = [pid for pid in processes_of(tmp_path) if f"{TRAIN}\0" in Path(f"/proc/{pid}/cmdline").read_text()]
-    ranks = [pid for pid in ranks if b"accelerate" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(ranks[0], signal.SIGKILL)
+    os.kill(ranks_of(tmp_path)[0], signal.SIGKILL)
     wait_for(lambda: bool(metrics(tmp_path / "run", "resume")))
     resumed = metrics(tmp_path / "run", "resume")[0]["step"]
     wait_for(lambda: metrics(tmp_path / "run", "step")[-1]["step"] > resumed)

@@ -217,6 +217,15 @@ def test_a_run_without_its_done_goes_on_from_what_it_has(data_dir: Path, tmp_pat
     assert not (tmp_path / "run" / "STOP").exists()
 
 
+def test_a_run_outlives_the_one_that_it_was_started_from(data_dir: Path, tmp_path: Path) -> None:
+    train(tmp_path, data_dir, epochs=1)
+    (tmp_path / "run").rename(tmp_path / "first")
+    train(tmp_path, data_dir, "resume=first", "max_steps=20", epochs=2)
+    shutil.rmtree(tmp_path / "first")
+    train(tmp_path, data_dir, "resume=first", epochs=2)
+    assert [done["step"] for done in metrics(tmp_path / "run", "done")] == [20, 32]
+
+
 def test_a_checkpoint_without_an_epochs_sums_is_welcome(data_dir: Path, tmp_path: Path) -> None:
     folder = train(tmp_path, data_dir, epochs=1) / "checkpoints"
     found = checkpoint.find(folder.parent, print)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mnist_dist import cpu as module
+from mnist_dist.cli import main
 from mnist_dist.cpu import usable_cores
 from mnist_dist.errors import RequestError, RunError
 from mnist_dist.world import Member, World, choose_threads
@@ -129,3 +130,15 @@ print(products.count_nonzero().item())
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout == "0\n", result.stderr
+
+
+def test_a_rank_that_is_refused_alone_has_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mnist_dist.train.fetch", lambda *_, **__: "synthetic")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train"]) == 1  # not 2, which a launcher is not told of
+    assert "rank 1 of this machine needs a GPU of its own but the process sees 1" in capsys.readouterr().err
