@@ -95,8 +95,8 @@ class Config(BaseModel):
     )
     precision: Literal["auto", "no", "bf16", "fp16"] = Field(
         "auto",
-        description="arithmetic of the forward and backward pass; no: fp32; auto: bf16 where the hardware has "
-        "matrix units for it, else fp32",
+        description="arithmetic of the forward and backward pass; no: fp32; auto: bf16 where the hardware is "
+        "faster with it, else fp32",
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         0, description="decides initial weights, order and augmentation"

@@ -18,13 +18,14 @@ def usable_cores() -> tuple[int, ...]:
         return tuple(cores)
 
 
-def cpu_has_bf16() -> bool:
-    """Whether it has matrix units for bf16 (AMX). AVX-512's own bf16 products are no faster than fp32's, and
-    everything around them is slower."""
+def cpu_has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether training is faster in bf16 than in fp32: with matrix units for it (AMX), or with AVX-512's bf16 products
+    as AMD makes them. Intel's, where they stand alone, are slower than fp32's (docs/LOG.md)."""
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+        text = cpuinfo.read_text()
     except OSError:
         return False
+    return "amx_bf16" in text or ("AuthenticAMD" in text and "avx512_bf16" in text)
 
 
 def tune_cpu() -> None:

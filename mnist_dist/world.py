@@ -24,7 +24,7 @@ from accelerate.utils import (
 )
 
 from mnist_dist.config import Config
-from mnist_dist.cpu import cpu_has_bf16, usable_cores
+from mnist_dist.cpu import cpu_has_fast_bf16, usable_cores
 from mnist_dist.errors import RequestError, RunError
 from mnist_dist.launcher import launched_world_size, overridden
 from mnist_dist.watch import Phase, Watch
@@ -38,14 +38,14 @@ class Member:
 
     host: str
     cores: tuple[int, ...]  # the CPU cores that it may use
-    has_bf16: bool  # has matrix units for bf16
+    fast_bf16: bool  # trains faster in bf16 than in fp32
     device: str
 
 
-def _has_bf16(device: torch.device) -> bool:
+def _fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return cpu_has_bf16()
+    return cpu_has_fast_bf16()
 
 
 def choose_threads(members: list[Member], rank: int) -> int:
@@ -168,7 +168,7 @@ def join(config: Config) -> World:
     if world_size > 1:
         _init_process_group(device, config.timeout_s)
 
-    me = Member(socket.gethostname(), usable_cores(), _has_bf16(device), _device_name(device))
+    me = Member(socket.gethostname(), usable_cores(), _fast_bf16(device), _device_name(device))
     members = _gather(me, world_size)
     rank = dist.get_rank() if world_size > 1 else 0
     if len({m.device.split(":")[0] for m in members}) > 1:
@@ -181,12 +181,12 @@ def join(config: Config) -> World:
 
     precision = config.precision
     if precision == "auto":
-        precision = "bf16" if all(m.has_bf16 for m in members) else "no"
+        precision = "bf16" if all(m.fast_bf16 for m in members) else "no"
     if precision == "fp16" and use_cpu:
         raise _refusal(rank, "precision=fp16 needs a GPU (there is no gradient scaler on a CPU); use bf16, no or auto")
     notes = overridden(os.environ, precision)
-    if precision == "bf16" and not me.has_bf16:
-        notes.append("precision=bf16 is slower than precision=no here: this hardware has no matrix units for it")
+    if precision == "bf16" and not me.fast_bf16:
+        notes.append("precision=bf16 is slower than precision=no on this hardware")
 
     # Stale launcher settings must not reach Accelerate; what they asked for was refused or noted above.
     for name in [n for n in os.environ if n.startswith("ACCELERATE_DYNAMO_")]:

@@ -11,7 +11,7 @@ import torch
 
 from mnist_dist import cpu as module
 from mnist_dist.cli import main
-from mnist_dist.cpu import usable_cores
+from mnist_dist.cpu import cpu_has_fast_bf16, usable_cores
 from mnist_dist.errors import RequestError, RunError
 from mnist_dist.world import Member, World, choose_threads
 
@@ -35,6 +35,23 @@ def member(cores: range | tuple[int, ...], host: str = "a") -> Member:
 )
 def test_threads_are_the_cores_divided_by_the_ranks_that_share_them(members: list[Member], threads: list[int]) -> None:
     assert [choose_threads(members, rank) for rank in range(len(members))] == threads
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "fast"),
+    [
+        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", True),
+        ("GenuineIntel", "avx512f avx512_bf16", False),
+        ("AuthenticAMD", "avx512f avx512_bf16", True),
+        ("AuthenticAMD", "avx2", False),
+    ],
+)
+def test_bf16_is_chosen_for_processors_that_are_faster_with_it(
+    tmp_path: Path, vendor: str, flags: str, fast: bool
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n")
+    assert cpu_has_fast_bf16(tmp_path / "cpuinfo") is fast
+    assert cpu_has_fast_bf16(tmp_path / "no such file") is False
 
 
 @pytest.mark.parametrize(
