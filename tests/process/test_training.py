@@ -166,6 +166,15 @@ def test_resuming_is_exact_to_the_last_bit(
     assert len(table(straight)) == 7
 
 
+def test_resuming_is_exact_in_bf16_too(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_bf16 = ["precision=bf16" if argument == "precision=no" else argument for argument in COMMON]
+    monkeypatch.setattr("tests.process.test_training.COMMON", in_bf16)
+    undisturbed = train(tmp_path / "undisturbed", data_dir, *RECIPES["cnn"])
+    assert "precision bf16" in (undisturbed / "console.log").read_text()
+    interrupt(tmp_path, data_dir, RECIPES["cnn"], 1, 20)
+    assert_close(undisturbed, train(tmp_path, data_dir, *RECIPES["cnn"]), 0)
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 4), (4, 2)])
 def test_resuming_at_another_world_size_goes_on_with_the_curve(
     straight: Path, recipe: list[str], before: int, after: int, data_dir: Path, tmp_path: Path
