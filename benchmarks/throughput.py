@@ -41,9 +41,7 @@ def main() -> None:
     print(processor())
     print(f"{'model':>5} {'way':>14} {'precision':>9} {'median s':>9} {'images/s':>9} {'peak MB':>8}  all")
     for model in options.models:
-        loops = [
-            (loop, p) for loop in options.against for p in (["no"] if loop in ONLY_FP32 else options.precisions)
-        ]
+        loops = [(loop, p) for loop in options.against for p in (["no"] if loop in ONLY_FP32 else options.precisions)]
         found: dict[tuple[str, str], list[tuple[float, int]]] = {}
         for _ in range(options.rounds):
             for precision in options.precisions:
