@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Result, become, has_steps, metrics, run_ranks, start_ranks, wait_for, wait_ranks
+from tests.conftest import (
+    Result,
+    become,
+    free_port,
+    has_steps,
+    metrics,
+    rank_environment,
+    run_ranks,
+    start_ranks,
+    start_verb,
+    wait_for,
+    wait_ranks,
+)
 
 LONG = [
     "dataset=synthetic",
@@ -86,10 +98,9 @@ def test_a_hanging_rank_is_named_with_what_each_did(data_dir: Path, tmp_path: Pa
 
 def test_ranks_that_never_come_are_named(data_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / "output.txt"
-    ranks = start_ranks([*LONG, f"data_dir={data_dir}", "timeout_s=5"], log, world_size=3)
-    for late in ranks[1:]:
-        late.kill()
-    result = wait_ranks(ranks[:1], log)
+    arguments = ["train", *LONG, f"data_dir={data_dir}", "timeout_s=5"]
+    alone = start_verb(arguments, log, **rank_environment(0, 3, free_port()))
+    result = wait_ranks([alone], log)
     assert result.code == 1
     assert "of 3 ranks these did not come within 5 s (timeout_s): 1, 2;" in result.output
 
