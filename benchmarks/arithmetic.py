@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.common import REPOSITORY, processor, train, write
 from benchmarks.loops import BATCH_SIZE
-from mnist_dist.cpu import tune_cpu, usable_cores
+from mnist_dist.distributed.device import tune_cpu, usable_cores
 
 # Multiplications and additions of the forward pass, an image. The backward pass has twice as many, less the gradient
 # with respect to the images, which nobody needs.

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mnist_dist.rundir import versions
+from mnist_dist.run.run_dir import versions
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -153,7 +153,7 @@ def _keras(backend: str, model: str, data_dir: str) -> float:
     import keras
     import numpy as np
 
-    from mnist_dist.data import load_dataset
+    from mnist_dist.data.dataset import load_dataset
 
     train = load_dataset("mnist", Path(data_dir)).train
     images = train.images.numpy().astype(np.float32)[..., None] / 255
@@ -193,7 +193,7 @@ def bare(model: str, precision: str, data_dir: str) -> float:
     import torch
     import torch.nn.functional as F
 
-    from mnist_dist.data import load_dataset
+    from mnist_dist.data.dataset import load_dataset
     from mnist_dist.models import build_model
 
     train = load_dataset("mnist", Path(data_dir)).train
@@ -215,7 +215,7 @@ def bare(model: str, precision: str, data_dir: str) -> float:
 
 def bare_tuned(model: str, precision: str, data_dir: str) -> float:
     """The bare loop, with the two settings of the process that the job makes."""
-    from mnist_dist.cpu import tune_cpu
+    from mnist_dist.distributed.device import tune_cpu
 
     tune_cpu()
     return bare(model, precision, data_dir)

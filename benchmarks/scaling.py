@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.arithmetic import FLOP_PER_IMAGE
 from benchmarks.common import processor, train, write
-from mnist_dist.cpu import usable_cores
+from mnist_dist.distributed.device import usable_cores
 from mnist_dist.models import build_model, num_parameters
 
 BATCHES = {"mlp": (64, 512, 4096), "cnn": (64, 256, 1024)}

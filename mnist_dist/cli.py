@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mnist_dist import stop
-from mnist_dist.config import check_keys, describe_keys, load, parse_overrides
+from mnist_dist.config.schema import check_keys, describe_keys, load, parse_overrides
+from mnist_dist.distributed.launch_env import check_batch, check_launcher, launched_world_size
 from mnist_dist.errors import RequestError, RunError
-from mnist_dist.launcher import check_batch, check_launcher, launched_world_size
+from mnist_dist.run import stop
 
 KEYS = "configuration keys, with their defaults:\n" + describe_keys()
 EXAMPLES = """\
@@ -112,8 +112,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.verb == "fetch":
         check_keys(options.overrides, ("dataset", "data_dir", "mirror"))
         config, _ = load(options.overrides)
-        from mnist_dist.data import load_dataset
-        from mnist_dist.fetch import dataset_file, fetch
+        from mnist_dist.data.dataset import load_dataset
+        from mnist_dist.data.download import dataset_file, fetch
 
         name = fetch(config.dataset, config.data_dir, mirror=config.mirror)
         load_dataset(name, config.data_dir)  # what lay there already may be damaged
@@ -122,7 +122,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.verb == "evaluate":
         check_keys(options.overrides, ("dataset", "data_dir", "mirror", "missing", "validation", "threads"))
         overrides = parse_overrides(options.overrides)
-        from mnist_dist.report import report
+        from mnist_dist.commands.evaluate import report
 
         report(options.path, overrides, as_json=options.json)
         return 0
@@ -140,7 +140,7 @@ def _run(options: argparse.Namespace) -> int:
         print(recipe, config.run_dir or "", sep="\n")
         return 0
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lost connections come with a C++ stack; we name the rank
-    from mnist_dist.train import plan, train
+    from mnist_dist.commands.train import plan, train
 
     if options.dry_run:
         print(plan(config, world_size), end="")

@@ -36,8 +36,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_data(folder: Path, num_train: int = NUM_TRAIN, seed: int = 0) -> Path:
     """Fill a folder with a small dataset of drawn digits under the name synthetic, and return it."""
-    from mnist_dist.digits import draw_digits
-    from mnist_dist.fetch import dataset_file, write_dataset
+    from mnist_dist.data.download import dataset_file, write_dataset
+    from mnist_dist.data.synthetic import draw_digits
 
     folder.mkdir(exist_ok=True)
     train, test = draw_digits(num_train, seed), draw_digits(NUM_TEST, seed + 1)
@@ -57,7 +57,7 @@ def raw_mnist() -> Path:
 @pytest.fixture(scope="session")
 def mnist_dir(raw_mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data_dir with the real MNIST in it."""
-    from mnist_dist.fetch import fetch
+    from mnist_dist.data.download import fetch
 
     folder = tmp_path_factory.mktemp("mnist")
     fetch("mnist", folder, mirror=str(raw_mnist))
@@ -86,7 +86,7 @@ def free_port() -> int:
 
 # Real processes, forked from a server that has imported torch already: a start takes tenths of a second, not seconds.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["mnist_dist.train", "tests.conftest"])
+FORKS.set_forkserver_preload(["mnist_dist.commands.train", "tests.conftest"])
 
 
 @dataclass

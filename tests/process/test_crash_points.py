@@ -23,8 +23,9 @@ from typing import Any
 
 import pytest
 
-from mnist_dist import checkpoint, rundir
-from mnist_dist.checkpoint import MANIFEST, MODEL, TRAINING
+from mnist_dist.run import checkpoint
+from mnist_dist.run import run_dir as rundir
+from mnist_dist.run.checkpoint import MANIFEST, MODEL, TRAINING
 from tests.conftest import (
     Result,
     become,

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from mnist_dist import checkpoint, rundir
+from mnist_dist.run import checkpoint
+from mnist_dist.run import run_dir as rundir
 from tests.conftest import (
     TRAIN,
     Result,

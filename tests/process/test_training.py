@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mnist_dist import checkpoint
+from mnist_dist.run import checkpoint
 from tests.conftest import (
     NUM_TEST,
     NUM_TRAIN,
@@ -96,7 +96,7 @@ def test_a_micro_batch_changes_nothing(straight: Path, recipe: list[str], data_d
 
 def _count(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     """Be a rank that writes down which images it gave weight to."""
-    from mnist_dist.data import Share, Shares
+    from mnist_dist.data.dataset import Share, Shares
 
     cut = Shares.cut
 
@@ -150,9 +150,9 @@ def interrupt(folder: Path, data_dir: Path, recipe: list[str], world_size: int, 
 
 def _slow(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     """Be a rank that meets the others after every step, so that a signal is heard at once."""
-    import mnist_dist.trainer
+    import mnist_dist.training.trainer
 
-    mnist_dist.trainer.MAX_PULSE_STEPS = 1
+    mnist_dist.training.trainer.MAX_PULSE_STEPS = 1
     become(arguments, folder, log, environment)
 
 
@@ -307,7 +307,7 @@ def test_the_run_directory_holds_what_it_promises(straight: Path) -> None:
 
 def _poison(step: int, arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     """Be a rank whose images are not finite from a step on, on rank 1 or where it is alone."""
-    from mnist_dist.trainer import Trainer
+    from mnist_dist.training.trainer import Trainer
 
     train_step = Trainer.train_step
 

@@ -70,7 +70,7 @@ def test_a_frozen_rank_is_named_once(data_dir: Path, tmp_path: Path, victim: int
 
 def _hang_in_step(last: int, arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     """Be rank 1 of a run, and stop computing at a step, with the process alive."""
-    from mnist_dist.trainer import Trainer
+    from mnist_dist.training.trainer import Trainer
 
     learning_rate = Trainer.learning_rate
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mnist_dist import checkpoint, fetch
 from mnist_dist.cli import main
-from mnist_dist.config import build
-from mnist_dist.data import load_dataset
-from mnist_dist.digits import draw_digits
-from mnist_dist.evaluate import Evaluation, evaluate
+from mnist_dist.config.schema import build
+from mnist_dist.data import download as fetch
+from mnist_dist.data.dataset import load_dataset
+from mnist_dist.data.synthetic import draw_digits
 from mnist_dist.models import build_model
+from mnist_dist.run import checkpoint
+from mnist_dist.training.evaluation import Evaluation, evaluate
 from tests.conftest import NUM_TEST, REPOSITORY, TRAIN, clean_environment
 
 MAIN = "import sys; from mnist_dist.cli import main; sys.exit(main())"

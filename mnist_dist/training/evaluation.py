@@ -1,0 +1,72 @@
+"""Exact evaluation of a bare network on one rank: each image once, in fp32, no wrapper around it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnist_dist.data.dataset import Split
+
+BATCH_SIZE = 250  # images at once, which bounds the memory; the result does not depend on it beyond float rounding
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network makes of a set of images."""
+
+    loss: float  # mean cross-entropy, nats
+    confusion: Tensor  # int64 [10, 10]: true class by predicted class
+
+    @property
+    def count(self) -> int:
+        """Images evaluated."""
+        return int(self.confusion.sum())
+
+    @property
+    def correct(self) -> int:
+        """Images whose most likely class is their own."""
+        return int(self.confusion.diagonal().sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images classified right, between 0 and 1."""
+        return self.correct / self.count
+
+    def interval(self) -> tuple[float, float]:
+        """The accuracy's 95 % interval over images (Wilson 1927, score interval)."""
+        n, p, z = self.count, self.accuracy, 1.959963984540054
+        centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        scale = 1 + z * z / n
+        return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
+
+    def record(self) -> dict[str, Any]:
+        """The figures of one `eval` line of metrics.jsonl."""
+        return {"loss": self.loss, "accuracy": self.accuracy, "count": self.count}
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, split: Split) -> Evaluation:
+    """Evaluate a bare network on images of its own device."""
+    device = split.images.device
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    confusion = torch.zeros(100, dtype=torch.int64, device=device)
+    model.eval()
+    for images, labels in zip(split.images.split(BATCH_SIZE), split.labels.split(BATCH_SIZE), strict=True):
+        logits = model(images.float() / 255)
+        loss += F.cross_entropy(logits, labels, reduction="sum").double()
+        confusion += torch.bincount(labels * 10 + logits.argmax(1), minlength=100)
+    return Evaluation(float(loss) / len(split.labels), confusion.view(10, 10).cpu())
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> str:
+    """Put weights into a network; returns what does not fit, in words, or the empty string."""
+    own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    given = {name: tuple(p.shape) for name, p in weights.items()}
+    if own != given:
+        odd = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+        return f"{odd[0]} is {given.get(odd[0], 'missing')}, not {own.get(odd[0], 'known')}"
+    model.load_state_dict(weights)
+    return ""

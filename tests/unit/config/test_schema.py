@@ -1,0 +1,245 @@
+"""Every bad request gets one sentence that names it and exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mnist_dist.cli import main
+from mnist_dist.config.schema import Config, build, load
+from mnist_dist.errors import RequestError
+from tests.conftest import REPOSITORY, TRAIN, clean_environment
+
+# arguments of `train`, and what the sentence must hold
+BAD = [
+    (["epoch=3"], "there is no key epoch; did you mean epochs?"),
+    (["learning_rate=0.1"], "there is no key learning_rate"),
+    (["batchsize=64"], "did you mean batch_size?"),
+    (["xyzzy=1"], "--help lists the keys"),
+    (["lr=fast"], "lr=fast is not a number"),
+    (["lr=0"], "lr=0 is too small: more than 0"),
+    (["lr=-1e-3"], "lr=-0.001 is too small"),
+    (["lr=.nan"], "not a finite number"),
+    (["lr=.inf"], "not a finite number"),
+    (["lr="], "is not a number"),
+    (["lr=[1, 2]"], "is not a number"),
+    (["lr={a: 1}"], "is not a number"),
+    (["lr=true"], "lr=true is not a number"),
+    (["lr=1", "lr=2"], "two values for lr"),
+    (["lr=1:30"], "lr=1:30 is not a number"),
+    (["epochs=1.5"], "epochs=1.5 is not a whole number"),
+    (["epochs=0"], "at least 1"),
+    (["epochs=-3"], "at least 1"),
+    (["epochs=ten"], "epochs=ten is not a whole number"),
+    (["epochs=false"], "epochs=false is not a number"),
+    (["batch_size=0"], "at least 1"),
+    (["batch_size=64.5"], "not a whole number"),
+    (["batch_size=1e2000"], "batch_size"),
+    (["batch_size=1000000000000"], "at most 1048576"),
+    (["micro_batch=-1"], "at least 0"),
+    (["micro_batch=128"], "micro_batch=128 is larger than batch_size=64"),
+    (["max_steps=-1"], "at least 0"),
+    (["model=resnet"], "model=resnet is not one of mlp, cnn"),
+    (["model=cn"], "did you mean cnn?"),
+    (["model=CNN"], "is not one of mlp, cnn"),
+    (["model=1"], "is not one of mlp, cnn"),
+    (["dataset=minst"], "did you mean mnist?"),
+    (["dataset=cifar10"], "dataset=cifar10 is not one of"),
+    (["dataset=[mnist]"], "is not one of"),
+    (["precision="], "precision= has no value"),
+    (["precision=true"], "is not one of"),
+    (["missing=ignore"], "is not one of download, fail, synthetic"),
+    (["optimizer=lion"], "is not one of adam, adamw, sgd"),
+    (["schedule=linear"], "is not one of constant, cosine, one-cycle"),
+    (["schedule=onecycle"], "did you mean one-cycle?"),
+    (["warmup=1.5"], "at most 1"),
+    (["warmup=-0.1"], "at least 0"),
+    (["momentum=1"], "less than 1"),
+    (["beta2=1.0"], "less than 1"),
+    (["weight_decay=-0.1"], "at least 0"),
+    (["label_smoothing=1"], "less than 1"),
+    (["label_smoothing=-0.1"], "at least 0"),
+    (["clip_grad_norm=-1"], "at least 0"),
+    (["ema=1"], "less than 1"),
+    (["ema=0.1"], "between 0.5 and 1"),
+    (["shift=15"], "at most 14"),
+    (["rotate=181"], "at most 180"),
+    (["scale=1"], "less than 1"),
+    (["elastic=-1"], "at least 0"),
+    (["precision=fp8"], "is not one of auto, no, bf16, fp16"),
+    (["precision=bf61"], "did you mean bf16?"),
+    (["seed=-1"], "at least 0"),
+    (["seed=2147483648"], "less than 2147483648"),
+    (["seed=99999999999999999999999999"], "seed="),
+    (["seed=nan"], "not a whole number"),
+    (["validation=-5"], "at least 0"),
+    (["evaluate_train=maybe"], "neither true nor false"),
+    (["keep=0"], "at least 1"),
+    (["checkpoint_every_s=-1"], "at least 0"),
+    (["log_every_steps=0"], "at least 1"),
+    (["log_with=tensorboard"], "is not a list"),
+    (["threads=-1"], "at least 0"),
+    (["threads=20000"], "at most 1024"),
+    (["timeout_s=0"], "more than 0"),
+    (["timeout_s=1e300"], "at most 1000000"),
+    (["run_dir="], "run_dir= has no value"),
+    (["data_dir="], "data_dir= has no value"),
+    (["resume="], "resume= has no value"),
+    (["data_dir=a\0b"], "NUL"),
+    (["keep=*anchor"], "aliases"),
+    (["lr=[1"], "is not valid YAML"),
+    (["lr=!!python/object/apply:os.system [ls]"], "is not valid YAML"),
+    (["lr"], "there is no configuration file lr"),
+    (["lr=1", "lr"], "neither a .yaml file nor key=value"),
+    (["missing.yaml"], "there is no configuration file missing.yaml"),
+    (["lr=1", "other.yaml"], "give one, first"),
+    (["--learning-rate"], "unrecognized"),
+    (["--lr=0.1"], "unrecognized"),
+]
+
+# content of a configuration file, and what the sentence must hold
+BAD_FILES = [
+    ("", "is empty"),
+    ("# only a comment\n", "is empty"),
+    ("- a\n- b\n", "holds a list"),
+    ("just words\n", "holds a str"),
+    ("epochs: 3\nepochs: 4\n", "two values for the key epochs"),
+    ("epochs: [1\n", "line"),
+    ("epochs: \t- x: {\n", "is not valid YAML"),
+    ("1: 2\n", "is not a word"),
+    ("lr: '1e-3'\nepochs: x\n", "epochs=x is not a whole number"),
+    ("lr: 1.2.3\n", "lr=1.2.3 is not a number"),
+    ("a: &a [x]\nb: *a\n", "aliases"),
+    ("<<: {lr: 1}\n", "merges (<<) are not allowed"),
+    ("model: !!python/name:os.system\n", "is not valid YAML"),
+    ("model: null\n", "is not one of"),
+    ("run_dir: 17\n", "run_dir=17 is not text"),
+    ("x: " + "[" * 3000 + "\n", "is not valid YAML"),
+    ("x" * 70_000, "larger than"),
+]
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a refused request prints."""
+    assert main(["train", "--check", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("mnist-dist: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD, ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else "")
+def test_bad_arguments(arguments: list[str], sentence: str, cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sentence in refusal(arguments, capsys)
+
+
+@pytest.mark.parametrize(("content", "sentence"), BAD_FILES, ids=lambda v: repr(v)[:30])
+def test_bad_files(content: str, sentence: str, cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cwd / "bad.yaml").write_text(content)
+    assert sentence in refusal(["bad.yaml"], capsys)
+
+
+def test_files_that_are_none(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cwd / "folder.yaml").mkdir()
+    assert "is a folder" in refusal(["folder.yaml"], capsys)
+    (cwd / "image.yaml").write_bytes(b"\x89PNG\r\n\x1a\n\xff\xfe")
+    assert "is not a text file" in refusal(["image.yaml"], capsys)
+    (cwd / "link.yaml").symlink_to("link.yaml")
+    assert "cannot be read" in refusal(["link.yaml"], capsys)
+    (cwd / "cnn.yaml").write_text("epochs: 1\n")
+    assert "did you mean cnn.yaml?" in refusal(["cmn.yaml"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "3"}, "1, 2, 4, 8, 16, 32, 64 ranks"),
+        ({"RANK": "0", "WORLD_SIZE": "many"}, "WORLD_SIZE='many'"),
+        ({"RANK": "0"}, "WORLD_SIZE=''"),
+        ({"WORLD_SIZE": "2"}, "RANK=''"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "do not fit together"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x'"),
+        ({"MASTER_ADDR": "127.0.0.1"}, "launch/local.sh"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "told to use FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "told to use DEEPSPEED"),
+    ],
+)
+def test_bad_launches(
+    environment: dict[str, str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert sentence in refusal([], capsys)
+
+
+def test_only_rank_0_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "--check", "epoch=3"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_defaults_are_the_cnn_recipe() -> None:
+    written = yaml.safe_load((REPOSITORY / "configs/cnn.yaml").read_text())
+    assert build(written) == Config()
+    assert load([])[1] == "cnn"
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_are_valid_and_survive_a_round_trip(path: Path, cwd: Path) -> None:
+    config, recipe = load([str(path)])
+    assert recipe == path.stem
+    (cwd / "again.yaml").write_text(config.to_yaml())
+    assert load(["again.yaml"])[0] == config
+
+
+def test_values_are_read_as_meant(monkeypatch: pytest.MonkeyPatch, cwd: Path) -> None:
+    (cwd / "my file.yaml").write_text("lr: 1e-3\nepochs: 2\nprecision: no\nlog_with: [tensorboard]\n")
+    config, recipe = load(["my file.yaml", "epochs=4", "data_dir=1e3", "run_dir=a b/ü"])
+    assert (config.lr, config.epochs, recipe) == (1e-3, 4, "my file")
+    assert (config.data_dir, config.run_dir) == (Path("1e3"), Path("a b/ü"))
+    assert config.log_with == ("tensorboard",)
+    assert config.precision == load(["precision=no"])[0].precision == "no"
+    numbers, _ = load(["seed=010", "batch_size=1_024", "lr=.5E-2", "shift=2.", "rotate=+7", "scale=0"])  # none is octal
+    assert (numbers.seed, numbers.batch_size, numbers.lr) == (10, 1024, 5e-3)
+    assert (numbers.shift, numbers.rotate, numbers.scale) == (2.0, 7.0, 0.0)
+    monkeypatch.setenv("MNIST_DIST_DATA_DIR", "/elsewhere")
+    assert load([])[0].data_dir == Path("/elsewhere")
+
+
+def test_every_key_is_described() -> None:
+    assert all(field.description for field in Config.model_fields.values())
+    schema = json.dumps(Config.model_json_schema())
+    assert "global batch" in schema
+
+
+def test_configuration_is_frozen() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        Config().epochs = 3  # type: ignore[misc]
+
+
+def test_help_and_refusals_need_no_torch() -> None:
+    code = (
+        "import sys; from mnist_dist.cli import main\n"
+        "try: main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "main(['train', 'epoch=3']); assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "global batch" in result.stdout
+
+
+def test_bad_request_through_the_entry(cwd: Path) -> None:
+    command = [sys.executable, str(TRAIN), "epoch=3"]
+    result = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "mnist-dist: there is no key epoch; did you mean epochs?\n"
+
+
+def test_sentences_name_the_key() -> None:
+    with pytest.raises(RequestError, match=r"^shift="):
+        build({"shift": 99})
