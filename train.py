@@ -1,17 +1,6 @@
-"""The entry that `accelerate launch`, torchrun, srun and plain python start: arguments in, exit code out."""
+"""The entry that `accelerate launch`, torchrun, srun and plain python start; a verb may be the first word."""
 
-import os
-import sys
-
-from mnist_dist.run import stop
+from mnist_dist.__main__ import main
 
 if __name__ == "__main__":
-    stop.install()  # before torch is imported: a signal must not find the process without a handler
-    from mnist_dist.cli import main
-    from mnist_dist.distributed.launch_env import answer
-
-    code = answer(os.environ, main(["train", *sys.argv[1:]]))  # which has written everything out
-    if os.environ.get("RANK"):
-        # Not sys.exit: with the threads of collectives about, taking the interpreter down aborts now and then.
-        os._exit(code)
-    sys.exit(code)
+    main(default_verb="train")

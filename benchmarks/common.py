@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mnist_dist.run.run_dir import versions
+from mnist_dist.versions import commit, library_versions
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -78,7 +78,11 @@ def show(row: dict[str, Any]) -> None:
 
 def write(path: str, results: dict[str, Any]) -> None:
     """Write a comparison's results as JSON, with what they were made on, if a path is given."""
-    about = {"command": " ".join(sys.orig_argv[1:]), "processor": processor(), "versions": versions()}
+    about = {
+        "command": " ".join(sys.orig_argv[1:]),
+        "processor": processor(),
+        "versions": {**library_versions(), "commit": commit()},
+    }
     if path:
         content = {"date": time.strftime("%Y-%m-%d"), **about, **results}
         Path(path).write_text(json.dumps(content, indent=2) + "\n")

@@ -5,23 +5,31 @@ verb that needs it, so `--help` and a refusal come at once.
 """
 
 import argparse
+import importlib
+import importlib.metadata
+import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mnist_dist.config.schema import check_keys, describe_keys, load, parse_overrides
-from mnist_dist.distributed.launch_env import check_batch, check_launcher, launched_world_size
-from mnist_dist.errors import RequestError, RunError
+from mnist_dist.config.parse import describe_keys, load_config
+from mnist_dist.distributed.launch_env import LaunchEnv, read_launch_env
+from mnist_dist.errors import JobError, RequestError, RunError
 from mnist_dist.run import stop
 
-KEYS = "configuration keys, with their defaults:\n" + describe_keys()
+VERBS = {
+    "train": "train a network",
+    "evaluate": "exact loss, accuracy and confusion matrix of a run, a checkpoint or a file of weights",
+    "fetch": "bring a dataset to this machine, so that training needs no network",
+}
 EXAMPLES = """\
 examples:
   accelerate launch train.py                            the CNN, on every GPU here, or the CPU
-  accelerate launch train.py configs/mlp.yaml lr=2e-3   another recipe, one key changed
+  accelerate launch train.py mlp lr=2e-3                another recipe, one key changed
   mnist-dist evaluate runs/latest
-  mnist-dist fetch dataset=fashion-mnist data_dir=/shared/data
+  mnist-dist fetch fashion-mnist data_dir=/shared/data
 """
 
 
@@ -30,61 +38,69 @@ class _Parser(argparse.ArgumentParser):
         raise RequestError(f"{message}; {self.prog} --help shows what there is")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The verbs and their options; key=value and the like are left to the verbs."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="mnist-dist", description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=plain)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
-    text = "train a network"
-    train = verbs.add_parser(
-        "train", help=text, description=text, epilog=f"{KEYS}\n\n{EXAMPLES}", formatter_class=plain
-    )
-    train.add_argument(
-        "arguments", nargs="*", metavar="[CONFIG.yaml] [key=value ...]", help="what differs from the defaults"
+    parser.add_argument("--version", action="version", version=f"mnist-dist {importlib.metadata.version('mnist-dist')}")
+    subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
+    verbs = {
+        verb: subparsers.add_parser(verb, help=text, description=text, formatter_class=plain, allow_abbrev=False)
+        for verb, text in VERBS.items()
+    }
+    train = verbs["train"]
+    train.usage = "%(prog)s [-h] [--dry-run] [RECIPE] [key=value ...]"
+    train.epilog = (
+        "RECIPE is a .yaml file, or the name of one of ours.\n\nconfiguration keys, with their defaults:\n"
+        f"{describe_keys()}\n\n{EXAMPLES}"
     )
     train.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the plan, and stop")
     train.add_argument(
         "--check", action="store_true", help="only check the arguments, at once; print the recipe's name and run_dir"
     )
-    text = "exact loss, accuracy and confusion matrix of a run, a checkpoint or a model.safetensors"
-    evaluate = verbs.add_parser("evaluate", help=text, description=text)
-    evaluate.add_argument(
-        "path", metavar="RUN", type=Path, help="a run's folder, a checkpoint's, or a .safetensors file"
-    )
-    evaluate.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="dataset, data_dir, mirror, missing, validation, threads",
+    evaluate = verbs["evaluate"]
+    evaluate.usage = "%(prog)s [-h] [--json] RUN [key=value ...]"
+    evaluate.epilog = (
+        "RUN is a run's folder, a checkpoint's, or a file of weights (.safetensors, .pt, .pth).\n"
+        "keys: dataset, data_dir, mirror, missing, validation, threads"
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    text = "bring a dataset to this machine, so that training needs no network"
-    fetch = verbs.add_parser("fetch", help=text, description=text)
-    fetch.add_argument("overrides", nargs="*", metavar="key=value", help="dataset, data_dir, mirror")
+    fetch = verbs["fetch"]
+    fetch.usage = "%(prog)s [-h] [DATASET] [key=value ...]"
+    fetch.epilog = "keys: dataset, data_dir, mirror"
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def run_process(arguments: Sequence[str]) -> int:
+    """Run a verb as the whole of a process: the exit code for whoever started it."""
+    code = main(arguments)
+    try:
+        return read_launch_env(os.environ).exit_code(code)
+    except RequestError:  # `main` has said it
+        return code
+
+
+def main(arguments: Sequence[str]) -> int:
     """Run a verb and return its exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    # Flags first: argparse would take what stands after one for too much. None of them has a value.
-    given[1:] = sorted(given[1:], key=lambda argument: not argument.startswith("-"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a character that the terminal does not have must not end a run
+            stream.reconfigure(errors="backslashreplace")
+    env = LaunchEnv()
     try:
         try:
-            return _run(_parser().parse_args(given))
+            options, rest = make_parser().parse_known_args(list(arguments))
+            if options.verb == "train":  # the other verbs have no ranks
+                env = read_launch_env(os.environ)
+            return run_verb(options, rest, env)
         finally:
-            _flush()
-    except RequestError as error:
-        _complain(error)
-        # Where all ranks are refused, rank 0 alone comes here; another rank is refused alone, which is its failure: the
-        # launcher must hear of it, and end those that wait for this one.
-        return 2 if os.environ.get("RANK", "0") in ("", "0") else 1
-    except UnicodeEncodeError as error:
-        _complain(RequestError(f"{error.object!a} has characters in it that this terminal's encoding does not"))
-        return 2
-    except RunError as error:
-        _complain(error)
-        return 1
-    except SystemExit as end:  # --help has been answered; or what this rank has to say, rank 0 says
+            flush_output()
+    except JobError as error:
+        if not error.on_every_rank or env.rank == 0:
+            complain(str(error))
+        # Where all ranks are refused they all leave; a rank that is refused alone has failed: its launcher must hear of
+        # it, and end those that wait for this one.
+        return error.exit_code if error.on_every_rank or env.rank == 0 else RunError.exit_code
+    except SystemExit as end:  # --help and --version have been answered
         return int(end.code or 0)
     except KeyboardInterrupt:  # training notes it and stops in order; here there is nothing to save
         return 130
@@ -92,7 +108,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _flush() -> None:
+def run_verb(options: argparse.Namespace, rest: list[str], env: LaunchEnv) -> int:
+    """Run one verb. Raises JobError."""
+    if options.verb != "train":
+        command = importlib.import_module(f"mnist_dist.commands.{options.verb}")
+        return int(command.run(options, rest))
+    is_guest = stop.install()  # of a process that has another purpose and goes on, as a notebook's
+    try:
+        return run_training(options, rest, env)
+    finally:
+        if is_guest:
+            stop.uninstall()
+
+
+def run_training(options: argparse.Namespace, rest: list[str], env: LaunchEnv) -> int:
+    """The verb train; a wrong request is refused before torch is imported. Raises JobError."""
+    try:
+        config, recipe = load_config(rest)
+        if problem := config.world_size_problem(env.world_size):
+            raise RequestError(problem)
+    except RequestError as error:
+        error.on_every_rank = True  # they all have the same request, so that rank 0 alone says it
+        raise
+    if options.check:
+        print(recipe, config.run_dir or "", sep="\n")
+        return 0
+    # NCCL would abort the process before anybody can name the rank that failed; the watchdog judges.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lost connections come with a C++ stack; we name the rank
+    from mnist_dist.commands.train import plan, train
+
+    if options.dry_run:
+        print(plan(config, env.world_size), end="")
+        return 0
+    return train(config, recipe, env)
+
+
+def flush_output() -> None:
     """Write out what was printed, while a reader that went away or a full disk is still no traceback."""
     try:
         if sys.stdout:
@@ -104,45 +156,12 @@ def _flush() -> None:
         raise RunError(f"the output cannot be written: {error.strerror}") from None
 
 
-def _complain(error: Exception) -> None:
-    print(f"mnist-dist: {error}", file=sys.stderr, flush=True)
-
-
-def _run(options: argparse.Namespace) -> int:
-    if options.verb == "fetch":
-        check_keys(options.overrides, ("dataset", "data_dir", "mirror"))
-        config, _ = load(options.overrides)
-        from mnist_dist.data.dataset import load_dataset
-        from mnist_dist.data.download import dataset_file, fetch
-
-        name = fetch(config.dataset, config.data_dir, mirror=config.mirror)
-        load_dataset(name, config.data_dir)  # what lay there already may be damaged
-        print(f"{name} is in {dataset_file(name, config.data_dir)}")
-        return 0
-    if options.verb == "evaluate":
-        check_keys(options.overrides, ("dataset", "data_dir", "mirror", "missing", "validation", "threads"))
-        overrides = parse_overrides(options.overrides)
-        from mnist_dist.commands.evaluate import report
-
-        report(options.path, overrides, as_json=options.json)
-        return 0
-    stop.install()
-    try:
-        config, recipe = load(options.arguments)
-        world_size = launched_world_size(os.environ)
-        check_batch(config.batch_size, world_size)
-        check_launcher(os.environ)
-    except RequestError:
-        if os.environ.get("RANK", "0") != "0":
-            return 2  # every rank finds the same; rank 0 says it
-        raise
-    if options.check:
-        print(recipe, config.run_dir or "", sep="\n")
-        return 0
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lost connections come with a C++ stack; we name the rank
-    from mnist_dist.commands.train import plan, train
-
-    if options.dry_run:
-        print(plan(config, world_size), end="")
-        return 0
-    return train(config, recipe)
+def complain(sentence: str) -> None:
+    """Say what went wrong, and leave it where torchrun looks for it, so that its summary ends with it."""
+    print(f"mnist-dist: {sentence}", file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
+        try:
+            Path(path).write_text(json.dumps({"message": {"message": sentence, "extraInfo": extra}}))
+        except OSError:  # it was said already
+            return

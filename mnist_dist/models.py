@@ -17,7 +17,7 @@ class MLP(nn.Sequential):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [batch, 10] of images [batch, 28, 28]."""
-        return super().forward(images.flatten(1))  # type: ignore[no-any-return, no-untyped-call]
+        return super().forward(check_images(images).flatten(1))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class CNN(nn.Module):
@@ -33,11 +33,18 @@ class CNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [batch, 10] of images [batch, 28, 28]."""
-        x = images.view(-1, 1, 28, 28)
+        x = check_images(images)
         for conv in (self.conv1, self.conv2, self.conv3):
             # Pooling before ReLU: max and ReLU commute, gradients included, and ReLU has a quarter of the work.
             x = F.relu(F.max_pool2d(conv(x), 2))
         return self.fc1(x.flatten(1))  # type: ignore[no-any-return]
+
+
+def check_images(images: Tensor) -> Tensor:
+    """Images as [batch, 1, 28, 28]. Raises ValueError for another shape, which a view would take apart."""
+    if images.shape[1:] not in ((28, 28), (1, 28, 28)):
+        raise ValueError(f"images of shape {list(images.shape)} are neither [batch, 28, 28] nor [batch, 1, 28, 28]")
+    return images.view(-1, 1, 28, 28)
 
 
 def build_model(name: str, seed: int) -> nn.Module:

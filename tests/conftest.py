@@ -112,7 +112,9 @@ def become(arguments: list[str], folder: Path, log: Path, environment: dict[str,
     os.dup2(output, 1)
     os.dup2(output, 2)
     from mnist_dist.cli import main
+    from mnist_dist.run import stop
 
+    stop._STARTED_S = time.time()  # the module was imported long ago
     sys.exit(main(arguments))
 
 

@@ -33,7 +33,7 @@ def main() -> None:
 def soak(folder: Path, minutes: float) -> None:
     """Run it in a folder, and print what was seen. Raises AssertionError."""
     data_dir = make_data(folder / "data", num_train=10_000)
-    what = ["dataset=synthetic", "epochs=1000000", "precision=no", "run_dir=run"]
+    what = ["dataset=synthetic", "epochs=1000000", "precision=fp32", "run_dir=run"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = clean_environment(PATH=path, MNIST_DIST_DATA_DIR=str(data_dir), NPROC="2", HF_HOME=str(folder))
     began_s, seen = time.monotonic(), []

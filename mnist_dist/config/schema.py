@@ -1,35 +1,22 @@
-"""One frozen, validated description of a run, and how it is read.
+"""The list of keys: one frozen, validated description of a run. The defaults are the recommended CNN recipe.
 
-Defaults < YAML file < key=value arguments. The defaults are the recommended CNN recipe (configs/cnn.yaml).
-Everything that a user can get wrong here is answered by a RequestError of one sentence. This module imports
-neither torch nor accelerate, so `--help` and a refusal come at once.
+This imports neither torch nor accelerate, so that `--help` and a refusal come at once.
 """
 
-import difflib
 import os
-import shutil
-import textwrap
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mnist_dist.config.yaml_file import parse_yaml, read_file
-from mnist_dist.errors import RequestError
+from mnist_dist.config.paths import expand_path
 
 
 class Config(BaseModel):
     """A run. Every field has a default; a recipe or key=value names only what differs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _no_is_a_word(cls, value: Any) -> Any:
-        return "no" if value is False else value  # YAML 1.1 reads a bare `no` as false
 
     # What is trained, on what
     model: Literal["mlp", "cnn"] = Field("cnn", description="the tutorial's MLP or its small CNN")
@@ -93,10 +80,15 @@ class Config(BaseModel):
     elastic: Annotated[float, Field(ge=0, le=14)] = Field(
         0.0, description="augmentation: typical displacement of a smooth random warp, pixels"
     )
-    precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
         "auto",
-        description="arithmetic of the forward and backward pass; no: fp32; auto: bf16 where the hardware is "
-        "faster with it, else fp32",
+        description="arithmetic of the forward and backward pass; auto: bf16 where the hardware is faster with it, "
+        "else fp32; tf32 and fp16: GPUs only; no: another name of fp32",
+    )
+    bit_exact: Annotated[int, Field(ge=0, le=1024)] = Field(
+        0,
+        description="the same weights, bit for bit, as N ranks have, on any number of ranks that divides N: a power of "
+        "two that divides batch_size; 0: no such promise",
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         0, description="decides initial weights, order and augmentation"
@@ -119,161 +111,70 @@ class Config(BaseModel):
         description="seconds between checkpoints inside an epoch (each epoch's end has one); 0: none inside",
     )
     log_every_steps: Annotated[int, Field(ge=1)] = Field(50, description="steps between records in metrics.jsonl")
-    log_with: tuple[str, ...] = Field((), description="trackers known to Accelerate, e.g. [tensorboard]")
+    log_with: tuple[str, ...] = Field((), description="trackers known to Accelerate, e.g. tensorboard,wandb")
 
     # How it uses the machine
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(
-        0, description="CPU threads of a rank; 0: its cores divided by the ranks that share them"
+        0, description="CPU threads of a rank; 0: its cores divided by the ranks that share them, or 1 with bit_exact"
     )
     graph: Literal["auto", "off"] = Field(
         "auto", description="auto: replay each step as one CUDA graph where there is one GPU; off: never"
     )
-    timeout_s: Annotated[float, Field(gt=0, le=1_000_000)] = Field(
+    timeout_s: Annotated[float, Field(ge=5, le=1_000_000)] = Field(
         300.0, description="seconds after which a rank that waits for the others gives up"
     )
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _rename_no(cls, value: Any) -> Any:
+        return "fp32" if value == "no" else value  # Accelerate's word, and this job's first one
+
+    @field_validator("data_dir", "run_dir", "resume", "mirror", mode="before")
+    @classmethod
+    def _expand(cls, value: Any, info: Any) -> Any:
+        return expand_path(str(value), info.field_name) if isinstance(value, str | Path) else value
+
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.ema and self.ema < 0.5:
             raise ValueError("ema is the decay per step and lies between 0.5 and 1 (0.999, say), or is 0 for none")
-        if self.micro_batch > self.batch_size:
+        if self.bit_exact & (self.bit_exact - 1) or (self.bit_exact and self.batch_size % self.bit_exact):
+            fitting = [str(2**k) for k in range(11) if self.batch_size % 2**k == 0]
             raise ValueError(
-                f"micro_batch={self.micro_batch} is larger than batch_size={self.batch_size}; it is a part of it"
+                f"bit_exact={self.bit_exact} is not a power of two that divides batch_size={self.batch_size}; use one "
+                f"of {', '.join(fitting)}, or 0 for none"
+            )
+        shard = self.batch_size // (self.bit_exact or 1)
+        if self.micro_batch > shard:
+            whole = f"a shard of batch_size={self.batch_size} and bit_exact={self.bit_exact}, {shard} images"
+            raise ValueError(
+                f"micro_batch={self.micro_batch} is larger than "
+                f"{whole if self.bit_exact else f'batch_size={self.batch_size}'}; it is a part of it"
             )
         return self
 
+    def num_shards(self, world_size: int) -> int:
+        """Into how many shards a global batch is cut: one a rank, or as many as bit_exact says."""
+        return self.bit_exact or world_size
+
+    def world_size_problem(self, world_size: int) -> str:
+        """Why so many ranks can't train this, in a sentence, or the empty string."""
+        name, whole = ("bit_exact", self.bit_exact) if self.bit_exact else ("batch_size", self.batch_size)
+        if whole % world_size == 0:
+            return ""
+        fitting = ", ".join(str(n) for n in range(1, min(whole, 4096) + 1) if whole % n == 0)
+        meaning = "shards" if self.bit_exact else "images, the global batch,"
+        return (
+            f"{name}={whole} {meaning} cannot be shared equally by {world_size} ranks; use {fitting} ranks, or another "
+            f"{name}"
+        )
+
     def to_yaml(self) -> str:
-        """The whole configuration as YAML that `load` reads back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The whole configuration as YAML that `read_request` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 
 # What makes two runs different runs: a checkpoint that differs in one of these is another run's.
-IDENTITY = ("model", "dataset", "validation", "batch_size", "optimizer", "seed")
-
-
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read key=value arguments into raw values. Raises RequestError."""
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        key = key.strip().removeprefix("--").replace("-", "_")
-        if not equals:
-            raise RequestError(f"{argument!r} is neither a .yaml file nor key=value{_did_you_mean(key)}")
-        if key in values:
-            raise RequestError(f"there are two values for {key} on the command line; give one")
-        if key in Config.model_fields and _is_text(key):
-            if not text:
-                raise RequestError(f"{key}= has no value; give one or leave the key out")
-            values[key] = (
-                text  # a path or word is taken as it stands: `data_dir=1e3` is a folder, `precision=no` a word
-            )
-        else:
-            values[key] = parse_yaml(text, f"the value of {key}")
-    return values
-
-
-def _is_text(key: str) -> bool:
-    annotation = Config.model_fields[key].annotation
-    return annotation in (str, Path, Path | None) or get_origin(annotation) is Literal
-
-
-def _did_you_mean(key: str) -> str:
-    near = difflib.get_close_matches(key, Config.model_fields, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else "; --help lists the keys"
-
-
-def _sentence(error: ErrorDetails) -> str:
-    """One of pydantic's findings, in our words: the key, the value, what is allowed."""
-    if not error["loc"]:
-        return error["msg"].removeprefix("Value error, ")
-    key, value, context = str(error["loc"][0]), error["input"], error.get("ctx", {})
-    given = f"{key}={value!r}" if not isinstance(value, str) else f"{key}={value}"
-    match error["type"]:
-        case "extra_forbidden":
-            return f"there is no key {key}{_did_you_mean(key)}"
-        case "literal_error":
-            allowed = str(context["expected"]).replace("'", "").replace(" or ", ", ")
-            near = difflib.get_close_matches(str(value), allowed.split(", "), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            return f"{given} is not one of {allowed}{hint}"
-        case "greater_than_equal":
-            return f"{given} is too small: at least {context['ge']}"
-        case "greater_than":
-            return f"{given} is too small: more than {context['gt']}"
-        case "less_than_equal":
-            return f"{given} is too large: at most {context['le']}"
-        case "less_than":
-            return f"{given} is too large: less than {context['lt']}"
-        case "finite_number":
-            return f"{given} is not a finite number"
-        case "int_from_float" | "int_parsing" | "int_type" | "int_parsing_size":
-            return f"{given} is not a whole number"
-        case "float_parsing" | "float_type":
-            return f"{given} is not a number"
-        case "bool_parsing" | "bool_type":
-            return f"{given} is neither true nor false"
-        case "path_type" | "string_type":
-            return f"{given} is not text"
-        case "tuple_type":
-            return f"{given} is not a list"
-        case _:
-            return f"{given} is refused: {error['msg']}"
-
-
-def build(values: dict[str, Any]) -> Config:
-    """Validate raw values. Raises RequestError with one sentence for the first thing that is wrong."""
-    for key, value in values.items():
-        # pydantic would take true for 1 and "3" for 3; what looks like another type is a slip of the pen.
-        field = Config.model_fields.get(key)
-        if field and isinstance(value, bool) and field.annotation in (int, float):
-            raise RequestError(f"{key}={str(value).lower()} is not a number")
-        if field and isinstance(value, str) and "\0" in value:
-            raise RequestError(f"{key} has a NUL character in it")
-    try:
-        return Config(**values)
-    except ValidationError as error:
-        raise RequestError(_sentence(error.errors(include_url=False)[0])) from None
-
-
-def load(arguments: Sequence[str]) -> tuple[Config, str]:
-    """Read `[CONFIG.yaml] [key=value ...]`.
-
-    Returns the configuration and the recipe's name (the file's stem, or the model's name without a file).
-    Raises RequestError.
-    """
-    values: dict[str, Any] = {}
-    recipe = ""
-    rest = list(arguments)
-    if rest and "=" not in rest[0] and not rest[0].startswith("-"):
-        path = Path(rest.pop(0))
-        values, recipe = read_file(path), path.stem
-    for argument in rest:
-        if argument.endswith((".yaml", ".yml")) and "=" not in argument:
-            raise RequestError(f"{argument} is a second configuration file, or comes after key=value; give one, first")
-    config = build(values | parse_overrides(rest))
-    return config, recipe or config.model
-
-
-def check_keys(arguments: Sequence[str], allowed: Sequence[str]) -> None:
-    """Refuse key=value arguments that a verb has no use for. Raises RequestError."""
-    for argument in arguments:
-        key = argument.partition("=")[0]
-        if "=" in argument and key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise RequestError(f"{key} is no key of this verb, which takes {', '.join(allowed)}{hint}")
-
-
-def describe_keys() -> str:
-    """The keys with default and meaning, for `--help`."""
-    lines: list[str] = []
-    width = max(shutil.get_terminal_size().columns - 1, 60)
-    for key, field in Config.model_fields.items():
-        default = field.get_default(call_default_factory=True, validated_data={})
-        shown = str(default).lower() if isinstance(default, bool) else "[]" if default == () else default
-        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-        text = f"{field.description}" + (f" ({', '.join(choices)})" if choices else "")
-        pair = f"{key}={'' if shown is None else shown}"
-        indent, hang = f"  {pair:<26} ", " " * 29
-        lines += textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=hang, break_on_hyphens=False)
-    return "\n".join(lines)
+IDENTITY = ("model", "dataset", "validation", "batch_size", "optimizer", "seed", "bit_exact")
+# What the ranks of one job may be asked for differently: where things lie on their machines, and their threads.
+MAY_DIFFER = ("data_dir", "mirror", "missing", "run_dir", "resume", "threads")

@@ -29,7 +29,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from torch import Tensor
 
 from mnist_dist.data.synthetic import draw_digits
-from mnist_dist.errors import RequestError, RunError
+from mnist_dist.errors import DownloadError, RequestError, StorageError
+from mnist_dist.files import write_atomically
 
 Say = Callable[[str], None]
 Archive = tuple[str, str, list[str]]  # file name, md5, addresses to try in turn
@@ -38,10 +39,6 @@ NUM_ROUNDS = 3  # how often every address is tried
 STALL_S = 20.0  # seconds without a byte after which an address is given up
 _CHUNK_BYTES = 1 << 16
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class FetchError(RequestError):
-    """The dataset is not here and could not be brought here."""
 
 
 def dataset_file(dataset: str, data_dir: Path) -> Path:
@@ -61,7 +58,7 @@ def fetch(
     """Make sure that the dataset lies in data_dir, and return its name.
 
     The name is another one ("synthetic") only where `missing` is "synthetic" and the dataset could not be fetched.
-    Safe to call from several processes on one file system at once. Raises RequestError, and RunError where the disk
+    Safe to call from several processes on one file system at once. Raises RequestError, and StorageError where the disk
     is full.
     """
     path = dataset_file(dataset, data_dir)
@@ -72,7 +69,7 @@ def fetch(
                 if not path.exists():
                     _bring(dataset, data_dir, mirror, missing, say, stall_s)
         return dataset
-    except FetchError as error:
+    except DownloadError as error:
         if missing != "synthetic":
             raise
         say(f"WARNING: {error}")
@@ -80,7 +77,7 @@ def fetch(
         raise
     except OSError as error:
         if error.errno in _FULL:
-            raise RunError(f"data_dir={data_dir} has no room for {dataset}: {error.strerror}") from None
+            raise StorageError(f"data_dir={data_dir} has no room for {dataset}: {error.strerror}") from None
         cause = error.strerror or str(error)
         if error.filename and Path(error.filename) != data_dir:
             cause = f"{error.filename}: {cause}"
@@ -101,15 +98,7 @@ def write_dataset(path: Path, name: str, train: tuple[Tensor, Tensor], test: tup
 
     tensors = dict(zip(("train_images", "train_labels", "test_images", "test_labels"), (*train, *test), strict=True))
     data = save(tensors, metadata={"name": name, "fingerprint": fingerprint(tensors)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, data)
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
@@ -176,7 +165,7 @@ def _fetch_archives(dataset: str, data_dir: Path, mirror: str, missing: str, say
             continue
         if missing == "fail":
             problem = f"{path} is damaged (its md5 sum is not {md5})" if damaged else f"there is no {path}"
-            raise FetchError(
+            raise DownloadError(
                 f"{problem}, and missing=fail forbids the network; run "
                 f"`mnist-dist fetch dataset={dataset} data_dir={data_dir}` where there is one"
             )
@@ -210,7 +199,7 @@ def _download(addresses: list[str], path: Path, md5: str, say: Say, stall_s: flo
                 time.sleep(0.5 * 2**attempt)
     finally:
         part.unlink(missing_ok=True)
-    raise FetchError(
+    raise DownloadError(
         f"{path.name} could not be fetched ({problem}); check the network, or give mirror=URL-or-FOLDER, or "
         "dataset=synthetic to train on drawn digits"
     )

@@ -1,11 +1,83 @@
-"""What this process may use of the CPU, what the CPU can do, and what is set so that it does it fast."""
+"""What this process computes on: a GPU or CPU cores, what they can do, and what is set so that they do it right."""
 
 import contextlib
 import ctypes
 import os
+import platform
+import warnings
 from pathlib import Path
 
 import torch
+
+from mnist_dist.distributed.launch_env import LaunchEnv
+from mnist_dist.errors import RequestError
+
+
+def choose_device(env: LaunchEnv) -> torch.device:
+    """The GPU of this rank, or the CPU where there is none or none is wanted. Raises RequestError."""
+    if env.use_cpu:
+        return torch.device("cpu")
+    if not torch.accelerator.is_available():
+        if promise := promised_gpu():
+            raise RequestError(
+                f"{promise}, but torch sees no GPU (torch {torch.__version__}, built for CUDA {torch.version.cuda}; "
+                f"driver: {driver_version()}); mend that, or set ACCELERATE_USE_CPU=true to train on the CPU"
+            )
+        return torch.device("cpu")
+    visible = torch.accelerator.device_count()
+    if env.local_rank >= visible:
+        raise RequestError(
+            f"rank {env.local_rank} of this machine needs a GPU of its own but the process sees {visible}; start no "
+            "more ranks than GPUs, and let each rank see all of them (under SLURM --gpus-per-node)"
+        )
+    accelerator = torch.accelerator.current_accelerator()
+    torch.accelerator.set_device_index(env.local_rank)
+    return torch.device(accelerator.type if accelerator else "cuda", env.local_rank)
+
+
+def promised_gpu(devices: Path = Path("/dev")) -> str:
+    """What says that there is a GPU for this process, in words, or the empty string."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:  # and where it names none, they are hidden on purpose
+        hidden = visible in ("", "-1", "NoDevFiles")
+        return "" if hidden else f"CUDA_VISIBLE_DEVICES={visible} promises a GPU"
+    if os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0"):
+        return f"SLURM_GPUS_ON_NODE={os.environ['SLURM_GPUS_ON_NODE']} promises a GPU"
+    return f"there is {devices / 'nvidia0'}" if (devices / "nvidia0").exists() else ""
+
+
+def driver_version(version: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """NVIDIA's driver, in its own words, or "none"."""
+    try:
+        return version.read_text().splitlines()[0].removeprefix("NVRM version: ")
+    except (OSError, IndexError):
+        return "none"
+
+
+def device_name(device: torch.device) -> str:
+    """Its kind, and a GPU's model."""
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether training is faster in bf16 than in fp32 there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return cpu_has_fast_bf16()
+
+
+def set_arithmetic(precision: str, *, bit_exact: bool) -> None:
+    """Let fp32 mean fp32 on a GPU, where cuDNN would round to TF32; and choose kernels that give the same bits."""
+    tf32 = precision == "tf32"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TF32.*")  # torch's word on a newer way to say it
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+    if bit_exact and torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.backends.cudnn.benchmark = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(True)
 
 
 def usable_cores() -> tuple[int, ...]:
@@ -26,6 +98,19 @@ def cpu_has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     except OSError:
         return False
     return "amx_bf16" in text or ("AuthenticAMD" in text and "avx512_bf16" in text)
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The kind of this machine's processor, as far as results depend on it: maker, model, and the vector instructions
+    that torch uses."""
+    fields = {}
+    with contextlib.suppress(OSError):
+        for line in cpuinfo.read_text().split("\n\n")[0].splitlines():
+            name, _, value = line.partition(":")
+            fields[name.strip()] = value.strip()
+    words = [fields.get("vendor_id", platform.machine())]
+    words += [f"{name} {fields[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in fields]
+    return " ".join([*words, torch.backends.cpu.get_cpu_capability()])
 
 
 def tune_cpu() -> None:

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from mnist_dist.errors import RequestError, RunError
+from mnist_dist.errors import RequestError, StorageError
+from mnist_dist.files import remove, sync_folder, write_synced
 
 MODEL, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
+ABOUT = "about"  # the key of its metadata
 _PREFIX, _TEMPORARY = "step-", ".tmp-"
 # Far more than is ever written, so that a wrong file is never read into memory, let alone parsed.
 _MAX_BYTES = {MODEL: 1 << 30, TRAINING: 1 << 30, MANIFEST: 1 << 16}
@@ -48,20 +48,8 @@ class Checkpoint:
     model: bytes
     training: bytes
 
-    def weights(self) -> dict[str, Tensor]:
-        """The weights that evaluation uses. Raises RequestError where they are no safetensors."""
-        return parse_weights(self.model, self.path / MODEL)
 
-
-def parse_weights(data: bytes, origin: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file's bytes. Raises RequestError."""
-    try:
-        return load_safetensors(data)
-    except Exception as error:  # SafetensorError, and whatever else a forged header leads to
-        raise RequestError(f"{origin} is not a safetensors file: {_one_line(error)}") from None
-
-
-def parse_training(data: bytes, origin: Path) -> dict[str, Any]:
+def parse_training(data: bytes, origin: Path = Path(TRAINING)) -> dict[str, Any]:
     """What `save` was given as `training`. Raises RequestError, and runs no code from the file."""
     try:
         with warnings.catch_warnings(action="ignore"):  # what torch says of an odd file is said by the refusal
@@ -73,10 +61,18 @@ def parse_training(data: bytes, origin: Path) -> dict[str, Any]:
     return state
 
 
-def save(folder: Path, step: int, weights: dict[str, Tensor], training: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    training: dict[str, Any],
+    keep: int,
+    about: dict[str, Any] | None = None,
+) -> Path:
     """Write the checkpoint of `step`, then prune down to the `keep` newest. Raises OSError; then nothing is lost.
 
-    Returns the checkpoint's folder. Where that step already has a whole checkpoint it stays as it is.
+    `about` goes into the metadata of model.safetensors. Returns the checkpoint's folder. Where that step already has a
+    whole checkpoint it stays as it is.
     """
     path = folder / f"{_PREFIX}{step:08d}"
     folder.mkdir(exist_ok=True)  # not its parents: a run directory that vanished must be noticed, not made again
@@ -89,7 +85,12 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], training: dict[str
     buffer = io.BytesIO()
     torch.save(training, buffer)
     contents = {
-        MODEL: save_safetensors({k: v.detach().cpu().contiguous() for k, v in weights.items()}),
+        MODEL: save_safetensors(
+            {k: v.detach().cpu().contiguous() for k, v in weights.items()},
+            {
+                ABOUT: json.dumps(about or {})
+            },  # one key: several would come in a random order, and the same weights not be the same file
+        ),
         TRAINING: buffer.getvalue(),
     }
     files = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in contents.items()}
@@ -100,19 +101,19 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], training: dict[str
     temporary.mkdir()
     try:
         for name, data in contents.items():
-            _write_synced(temporary / name, data)
-        _sync_folder(temporary)
+            write_synced(temporary / name, data)
+        sync_folder(temporary)
         temporary.rename(path)
     except OSError:
-        _remove(temporary)
+        remove(temporary)
         raise
-    _sync_folder(folder)
+    sync_folder(folder)
     with contextlib.suppress(OSError):  # the new one is safe; what is not pruned now is pruned after the next
         for old in _steps(folder)[keep:]:
             # Under a temporary name first: a crash inside rmtree must not leave half a checkpoint under a good name.
             doomed = folder / f"{_TEMPORARY}{old.name}"
             old.rename(doomed)
-            _remove(doomed)
+            remove(doomed)
     return path
 
 
@@ -128,31 +129,32 @@ def newest(folder: Path, say: Say) -> Checkpoint | None:
 
 
 def find(path: Path, say: Say) -> Checkpoint:
-    """The checkpoint that a user names: a checkpoint's folder, or a run's, whose newest is taken. Nothing is changed.
+    """The checkpoint that a user names: its folder, whatever it is called now, or a run's, whose newest is taken.
 
-    Raises RequestError.
+    Nothing is changed. Raises RequestError.
     """
     try:
-        candidates = [path] if (path / MANIFEST).exists() else _steps(path / "checkpoints")
+        is_checkpoint = (path / MANIFEST).exists()
+        candidates = [path] if is_checkpoint else _steps(path / "checkpoints") or _steps(path)
     except OSError as error:  # a name that is too long, say
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     for candidate in candidates:
         try:
-            return read(candidate)
+            return read(candidate, any_name=is_checkpoint)
         except DamagedError as error:
             say(f"WARNING: checkpoint {candidate} is damaged ({error}); it is passed over")
     raise RequestError(f"there is no whole checkpoint in {path}; give a run's folder or one checkpoint's")
 
 
-def read(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint. Raises DamagedError."""
+def read(path: Path, *, any_name: bool = False) -> Checkpoint:
+    """Read and verify one checkpoint; a run's own is called by its step. Raises DamagedError."""
     try:
         manifest = json.loads(_read_regular(path / MANIFEST))
         step, files = manifest["step"], manifest["files"]
         recorded = {name: (files[name]["bytes"], files[name]["sha256"]) for name in (MODEL, TRAINING)}
     except (ValueError, TypeError, KeyError, RecursionError):
         raise DamagedError(f"{MANIFEST} is not what was written") from None
-    if type(step) is not int or path.name != f"{_PREFIX}{step:08d}":  # True is an int too
+    if type(step) is not int or (path.name != f"{_PREFIX}{step:08d}" and not any_name):  # True is an int too
         raise DamagedError(f"{MANIFEST} is of another step")
     data = {}
     for name, (num_bytes, sha256) in recorded.items():
@@ -163,29 +165,20 @@ def read(path: Path) -> Checkpoint:
 
 
 def check_writable(folder: Path) -> None:
-    """Find out before training, not at the first save, that nothing can be written here. Raises RunError."""
+    """Find out before training, not at the first save, that nothing can be written here. Raises StorageError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f"{_TEMPORARY}probe"
         probe.mkdir(exist_ok=True)
         probe.rmdir()
     except OSError as error:
-        raise RunError(f"{folder} cannot be written: {error.strerror}; choose another run_dir") from None
+        raise StorageError(f"{folder} cannot be written: {error.strerror}; choose another run_dir") from None
 
 
 def sweep(folder: Path) -> None:
     """Delete what a crash left half-written."""
     for stale in folder.glob(f"{_TEMPORARY}*"):
-        _remove(stale)
-
-
-def _remove(path: Path) -> None:
-    """Delete a folder, a file or a link; what cannot be deleted stays for the next sweep."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        remove(stale)
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -219,18 +212,3 @@ def _one_line(error: Exception) -> str:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

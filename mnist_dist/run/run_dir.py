@@ -1,4 +1,4 @@
-"""The run directory: chosen, locked and described by rank 0, the only one that writes there.
+"""The run directory: every path in it, how it is made, and its lock. Rank 0 is the only one that writes there.
 
 runs/NAME/
   config.yaml  versions.json      what ran, on what
@@ -10,24 +10,63 @@ runs/NAME/
 """
 
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import socket
-import subprocess
 import time
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
-from mnist_dist.errors import RequestError, RunError
+from mnist_dist.errors import RequestError, StorageError
 
 RUNS = Path("runs")
+LATEST = RUNS / "latest"
 
 
-def create(recipe: str) -> Path:
-    """A new directory runs/RECIPE-YYYYMMDD-HHMMSS. Raises RunError."""
+class RunDir:
+    """The paths of a run."""
+
+    def __init__(self, path: Path) -> None:
+        """runs/latest, which the next start points elsewhere, stands for the folder that it points to now."""
+        self.path = path
+        if path.is_symlink() and path.absolute() == LATEST.absolute():
+            self.path = path.parent / path.readlink()
+        self.config = self.path / "config.yaml"
+        self.versions = self.path / "versions.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.console = self.path / "console.log"
+        self.checkpoints = self.path / "checkpoints"
+        self.lock = self.path / "lock"
+        self.stop = self.path / "STOP"
+        self.done = self.path / "DONE"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def done_step(self) -> int | None:
+        """The step at which the run finished, or None."""
+        try:
+            return int(json.loads(self.done.read_text())["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def make_latest(self) -> str:
+        """Let runs/latest point here, if this lies in runs/. Returns why it could not, or the empty string."""
+        if self.path.absolute().parent != RUNS.absolute() or self.path.name == LATEST.name:
+            return ""
+        link = RUNS / f".latest-{os.getpid()}"
+        try:
+            link.unlink(missing_ok=True)  # a crash's; in containers process ids come again
+            link.symlink_to(self.path.name)
+            link.replace(LATEST)
+        except OSError as error:
+            link.unlink(missing_ok=True)
+            return f"{LATEST} still points elsewhere, or is no link: {error.strerror}"
+        return ""
+
+
+def create(recipe: str) -> RunDir:
+    """Make a new directory runs/RECIPE-YYYYMMDD-HHMMSS. Raises StorageError."""
     stem = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 1
     try:
@@ -40,35 +79,23 @@ def create(recipe: str) -> Path:
             except FileExistsError:
                 number += 1
     except OSError as error:
-        raise RunError(f"no run directory can be made in {RUNS.absolute()}: {error.strerror}; give run_dir=") from None
-    return path
-
-
-def point_latest(run_dir: Path) -> None:
-    """Let runs/latest point to a run directory, if that lies in runs/. Raises OSError."""
-    if run_dir.absolute().parent != RUNS.absolute():
-        return
-    link = RUNS / f".latest-{os.getpid()}"
-    link.unlink(missing_ok=True)  # a crash's; in containers process ids come again
-    link.symlink_to(run_dir.name)
-    try:
-        link.replace(RUNS / "latest")
-    except OSError as error:
-        link.unlink()
-        raise OSError(error.errno, error.strerror, str(RUNS / "latest")) from None
+        raise StorageError(
+            f"no run directory can be made in {RUNS.absolute()}: {error.strerror}; give run_dir="
+        ) from None
+    return RunDir(path)
 
 
 class Lock:
     """One run at a time in a run directory. The lock dies with its owner, whatever kills it, and works on NFS."""
 
-    def __init__(self, run_dir: Path) -> None:
-        """Raises RequestError where another process runs here, RunError where nothing can be written."""
+    def __init__(self, run_dir: RunDir) -> None:
+        """Raises RequestError where another process runs here, StorageError where nothing can be written."""
         self._file: FileIO  # without a buffer, which a full disk would leave something in
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self._file = (run_dir / "lock").open("ab+", buffering=0)
+            run_dir.path.mkdir(parents=True, exist_ok=True)
+            self._file = run_dir.lock.open("ab+", buffering=0)
         except OSError as error:
-            raise RunError(f"run_dir={run_dir} cannot be written: {error.strerror}; choose another") from None
+            raise StorageError(f"run_dir={run_dir} cannot be written: {error.strerror}; choose another") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -77,59 +104,14 @@ class Lock:
             self._file.close()
             if isinstance(error, BlockingIOError):
                 raise RequestError(f"run_dir={run_dir} is in use by {owner}; stop that run or choose another") from None
-            raise RunError(f"run_dir={run_dir} cannot be locked: {error.strerror}; choose another") from None
+            raise StorageError(f"run_dir={run_dir} cannot be locked: {error.strerror}; choose another") from None
         try:
             self._file.truncate(0)
             self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
         except OSError as error:
             self._file.close()
-            raise RunError(f"run_dir={run_dir} cannot be written: {error.strerror}; choose another") from None
+            raise StorageError(f"run_dir={run_dir} cannot be written: {error.strerror}; choose another") from None
 
     def release(self) -> None:
         """Let the next run in."""
         self._file.close()
-
-
-def done_step(run_dir: Path) -> int | None:
-    """The step at which the run finished, or None."""
-    try:
-        return int(json.loads((run_dir / "DONE").read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file in one step, synced to the disk. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """The same for an object of JSON. Raises OSError."""
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
-
-
-def versions() -> dict[str, Any]:
-    """What runs: Python, the libraries, the commit. Never the environment."""
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for package in ("mnist-dist", "torch", "torchvision", "accelerate", "numpy", "pydantic", "safetensors"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    source = Path(__file__).parent
-    try:
-        git = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        found["commit"] = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        found["commit"] = None
-    return found

@@ -59,14 +59,3 @@ def evaluate(model: nn.Module, split: Split) -> Evaluation:
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         confusion += torch.bincount(labels * 10 + logits.argmax(1), minlength=100)
     return Evaluation(float(loss) / len(split.labels), confusion.view(10, 10).cpu())
-
-
-def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> str:
-    """Put weights into a network; returns what does not fit, in words, or the empty string."""
-    own = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    given = {name: tuple(p.shape) for name, p in weights.items()}
-    if own != given:
-        odd = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
-        return f"{odd[0]} is {given.get(odd[0], 'missing')}, not {own.get(odd[0], 'known')}"
-    model.load_state_dict(weights)
-    return ""

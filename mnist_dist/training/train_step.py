@@ -1,60 +1,67 @@
-"""What is trained, and one step of training it: network, optimizer, moving average, gradient scaler."""
+"""One rank's replica of what is trained, and one optimizer step of it.
 
-import warnings
+A step is one flat sequence, the same on a CPU, on one GPU and on many:
+
+    loss and gradient of each of this rank's shards
+    one flat vector: the loss and all gradients
+    sum over the ranks                                  # collective
+    clip, optimizer, moving average                     the same on every rank
+"""
+
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
 
 from mnist_dist.config.schema import Config
 from mnist_dist.data.augment import Augmentation
-from mnist_dist.data.dataset import Share, Split
+from mnist_dist.data.dataset import Split
+from mnist_dist.data.sampler import Batch
 from mnist_dist.distributed.watchdog import Phase
 from mnist_dist.distributed.world import World
 from mnist_dist.models import build_model
 from mnist_dist.training.cuda_graph import Replayed
+from mnist_dist.training.exchange import Exchange
+from mnist_dist.training.optimizer import MovingAverage, build_optimizer
 
 
-class Learner:
-    """One rank's replica of what is trained."""
+class TrainStep:
+    """Network, optimizer, moving average and gradient scaler; called with a batch, it trains them one step."""
 
-    def __init__(self, config: Config, world: World, images: Split, say: Callable[[str], None]) -> None:
-        """`say` takes what is to be said on the console."""
-        self.config, self.world, self.images = config, world, images
-        self.accelerator = world.accelerator
+    def __init__(self, config: Config, world: World, train_split: Split, info: Callable[[str], None]) -> None:
+        """`train_split` lies on this rank's device; `info` takes what is to be said on the console."""
+        self.config, self.world, self.train_split = config, world, train_split
         self.augmentation = Augmentation(config, world.device)
+        self.num_shards = config.num_shards(world.size) // world.size
         self.replayed: Replayed | None = None
         if world.device.type == "cuda" and config.graph == "auto":
             if world.size > 1 or world.precision == "fp16":
                 why = "several ranks exchange gradients in it" if world.size > 1 else "fp16 decides in it what to skip"
                 world.notes.append(f"graph=auto launches the kernels of a step one by one: {why}")
             else:
-                self.replayed = Replayed(self.update, say)
+                self.replayed = Replayed(self.update, info)
         self.network = build_model(config.model, config.seed).to(world.device)
-        self.optimizer: Any = build_optimizer(config, self.network, graph=self.replayed is not None)
-        self.average = get_ema_multi_avg_fn(config.ema)
-        self.ema = AveragedModel(self.network, multi_avg_fn=self.average) if config.ema else None
-        self.scaler: torch.amp.GradScaler | None = None  # Accelerate's, for fp16
+        self.optimizer: Any = build_optimizer(
+            config, self.network, in_graph=self.replayed is not None, is_scaled=world.precision == "fp16"
+        )
+        self.average = MovingAverage(self.network, config.ema) if config.ema else None
+        parameters, tree = list(self.network.parameters()), bool(config.bit_exact)
+        self.exchange = Exchange(parameters, num_shards=self.num_shards, world_size=world.size, fixed_tree=tree)
+        # Accelerate adds autocast, and no DDP, which `evaluation_mode` leaves out: the exchange is ours. It keeps the
+        # optimizer for the scaler's sake; its wrapper costs a tenth of a millisecond a step (docs/LOG.md).
+        self.model: nn.Module = world.accelerator.prepare_model(self.network, evaluation_mode=True)
+        world.accelerator.prepare_optimizer(self.optimizer)
+        self.scaler: torch.amp.GradScaler | None = world.accelerator.scaler  # for fp16
+        self.was_skipped = False  # the last step, since the scaler found a gradient that is not finite
 
-    def prepare(self) -> None:
-        """Wrap model and optimizer, and only these, once a checkpoint's state is in them. Collective."""
-        self.model, prepared = self.accelerator.prepare(self.network, self.optimizer)  # collective
-        self.scaler = self.accelerator.scaler
-        # The prepared optimizer is there for the scaler's sake, and looks for packages that are not installed at every
-        # step: a tenth of a millisecond, which is a twentieth of the MLP's step.
-        if self.scaler:
-            self.optimizer = prepared
+    def __call__(self, batch: Batch, lr: float) -> Tensor:
+        """One optimizer step: returns the sum of the global batch's losses, nats, float32 []. Collective.
 
-    def learn(self, share: Share, epoch: int, step_in_epoch: int, lr: float) -> Tensor:
-        """One optimizer step on one global batch: returns the sum of the losses of this rank's share, nats, float32 [].
-
-        Collective: DDP's all-reduce is in the last backward pass.
+        The result is good until the next call.
         """
+        self.world.at(Phase.COMPUTING, batch.step)
         for group in self.optimizer.param_groups:
             if self.replayed:
                 group["lr"].fill_(lr)
@@ -62,66 +69,74 @@ class Learner:
                 group["lr"] = lr
         draws: list[Tensor] = []
         if self.augmentation.enabled:
-            mine = share.positions.clamp(max=share.num_images - 1)
-            draws = [drawn[mine] for drawn in self.augmentation.draw(epoch, step_in_epoch, share.num_images)]
-        # DDP takes the mean of the ranks' gradients; times this, that of the sums is the gradient of the global mean
-        # over the true size of the batch, the short last one included.
-        scale = torch.full((), self.world.size / share.num_images, device=share.rows.device)
-        is_whole = share.num_images == self.config.batch_size
-        if self.replayed and is_whole and share.weights is None:
-            loss = self.replayed(scale, share.rows, *draws)
+            mine = batch.positions.clamp(max=batch.num_images - 1)
+            drawn = self.augmentation.draw(batch.epoch, batch.step_in_epoch, batch.num_images)
+            draws = [values[mine] for values in drawn]
+        # Of the sum of losses: the gradient of the global mean, over the true size of the batch.
+        scale = torch.full((), 1 / batch.num_images, device=batch.indices.device)
+        is_whole = batch.num_images == self.config.batch_size and batch.mask is None
+        if self.replayed and is_whole:
+            loss = self.replayed(scale, batch.indices, *draws)
         else:
-            loss = self.update(scale, share.rows, *draws, weights=share.weights)
-        if self.ema and not self.was_skipped():
-            self.update_average(self.ema)
+            loss = self.update(scale, batch.indices, *draws, mask=batch.mask)
+        if self.average and not self.was_skipped:
+            self.average.update_parameters(self.network)
         return loss
 
-    def update(self, scale: Tensor, rows: Tensor, *draws: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The part of a step that a CUDA graph may hold: nothing here depends on a tensor's value."""
-        self.optimizer.zero_grad()  # first, so that a capture that failed half-way leaves nothing to the next call
-        images = self.images.images.index_select(0, rows) / 255  # a quarter of indexing's time
-        labels = self.images.labels.index_select(0, rows)
-        if draws:
-            images = self.augmentation.warp(images, *draws)
-        size = self.config.micro_batch or len(rows)
-        losses = []
-        for start in range(0, len(rows), size):
-            piece = slice(start, start + size)
-            is_last = start + size >= len(rows)
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                logits = self.model(images[piece])
-                loss = self.sum_of_losses(logits, labels[piece], None if weights is None else weights[piece])
-                if is_last:
-                    self.world.at(Phase.EXCHANGING)
-                (self.scaler.scale(loss) if self.scaler else loss).backward(scale)  # collective, in the last piece
-            losses.append(loss.detach())
+    def update(self, scale: Tensor, indices: Tensor, *draws: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The part of a step that a CUDA graph may hold: nothing here depends on a tensor's value. Collective."""
+        for shard in range(self.num_shards):
+            warps = [values[shard] for values in draws]
+            loss = self.compute_gradient(scale, indices[shard], warps, None if mask is None else mask[shard])
+            loss = self.exchange.put(shard, loss)
+        self.world.at(Phase.EXCHANGING)
+        self.exchange.sum()  # collective
+        self.world.at(Phase.UPDATING)
         if self.config.clip_grad_norm:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
-        self.optimizer.step()
+            self.world.accelerator.clip_grad_norm_(self.network.parameters(), self.config.clip_grad_norm)
+        if self.scaler:
+            self.scaled_step(self.scaler)
+        else:
+            self.optimizer.step()
+        return loss
+
+    def compute_gradient(self, scale: Tensor, indices: Tensor, warps: list[Tensor], mask: Tensor | None) -> Tensor:
+        """Set the parameters' gradients to those of one shard [n]; returns the sum of its losses, nats, float32 []."""
+        self.optimizer.zero_grad()
+        images = self.train_split.images.index_select(0, indices) / 255  # a quarter of indexing's time
+        labels = self.train_split.labels.index_select(0, indices)
+        if warps:
+            images = self.augmentation.warp(images, *warps)
+        size = self.config.micro_batch or len(indices)
+        losses = []
+        for start in range(0, len(indices), size):
+            piece = slice(start, start + size)
+            logits = self.model(images[piece])
+            loss = self.sum_losses(logits, labels[piece], None if mask is None else mask[piece])
+            (self.scaler.scale(loss) if self.scaler else loss).backward(scale)
+            losses.append(loss.detach())
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def update_average(self, ema: AveragedModel) -> None:
-        """Move the average towards the weights; at the first update it becomes them."""
-        if ema.n_averaged == 0:
-            ema.update_parameters(self.network)
-        else:  # as update_parameters does it, which would also copy n_averaged to the GPU and wait for that
-            self.average(list(ema.module.parameters()), list(self.network.parameters()), ema.n_averaged)
-            ema.n_averaged += 1
-
-    def was_skipped(self) -> bool:
-        """Whether the fp16 scaler found the last step's gradient not finite, so that nothing was updated."""
-        return self.scaler is not None and self.accelerator.optimizer_step_was_skipped
-
-    def sum_of_losses(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-        """Cross-entropy, nats, summed over the images [n]; those of weight 0 are the sampler's repeats."""
+    def sum_losses(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+        """Cross-entropy, nats, summed over the images [n] that the mask, 1 or 0, lets count."""
         smoothing = self.config.label_smoothing
-        if weights is None:
+        if mask is None:
             return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
-        return (F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none") * weights).sum()
+        return (F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none") * mask).sum()
+
+    def scaled_step(self, scaler: torch.amp.GradScaler) -> None:
+        """The optimizer's step in fp16, which the scaler skips where a gradient is not finite.
+
+        A fused optimizer is called all the same, and skips by itself: that the scale has fallen is the only sign.
+        """
+        before = scaler.get_scale()
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.was_skipped = scaler.get_scale() < before
 
     def weights(self) -> dict[str, Tensor]:
         """The weights that evaluation uses: the moving average's where there is one."""
-        return (self.ema.module if self.ema else self.network).state_dict()
+        return (self.average.module if self.average else self.network).state_dict()
 
     def is_finite(self) -> bool:
         """Whether all weights are numbers."""
@@ -132,34 +147,19 @@ class Learner:
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
+            "ema": self.average.state_dict() if self.average else None,
             "scaler": self.scaler.state_dict() if self.scaler else None,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on with `saved`; before `prepare`. Raises KeyError, TypeError, ValueError or RuntimeError if malformed."""
+        """Go on with `saved`. Raises KeyError, TypeError, ValueError or RuntimeError if malformed."""
         self.network.load_state_dict(saved["network"])
         # The moments only: lr, betas and weight decay are the configuration's, which may have changed.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
-        if self.ema and saved["ema"]:
-            self.ema.load_state_dict(saved["ema"])
-        elif self.ema:  # the run had no average: it starts at the next update, and until then it is the weights
-            self.ema.module.load_state_dict(saved["network"])
-        if self.accelerator.scaler and saved["scaler"]:
-            self.accelerator.scaler.load_state_dict(saved["scaler"])
-
-
-def build_optimizer(config: Config, network: torch.nn.Module, *, graph: bool) -> Optimizer:
-    """The configured optimizer, fused: one kernel for all parameters. In a graph its learning rate is a tensor."""
-    parameters, decay = network.parameters(), config.weight_decay
-    device = next(network.parameters()).device
-    lr: Any = torch.tensor(config.lr, device=device) if graph else config.lr
-    if graph:  # the steps before the capture, and a last short batch, do run without
-        warnings.filterwarnings("ignore", message=".*capturable=True can impair performance")
-    if config.optimizer == "sgd":
-        momentum = config.momentum
-        return SGD(parameters, lr, momentum=momentum, nesterov=momentum > 0, weight_decay=decay, fused=True)
-    cls = Adam if config.optimizer == "adam" else AdamW
-    betas = (config.momentum, config.beta2)
-    return cls(parameters, lr, betas=betas, weight_decay=decay, fused=True, capturable=graph)
+        if self.average and saved["ema"]:
+            self.average.load_state_dict(saved["ema"])
+        elif self.average:  # the run had no average: it starts at the next update, and until then it is the weights
+            self.average.module.load_state_dict(saved["network"])
+        if self.scaler and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])

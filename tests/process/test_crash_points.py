@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load
 
+from mnist_dist.files import write_json
 from mnist_dist.run import checkpoint
-from mnist_dist.run import run_dir as rundir
 from mnist_dist.run.checkpoint import MANIFEST, MODEL, TRAINING
+from mnist_dist.run.run_dir import RunDir
+from mnist_dist.run.weights import read_about
 from tests.conftest import (
     Result,
     become,
@@ -40,7 +43,7 @@ from tests.conftest import (
 )
 
 # Four steps an epoch, a checkpoint after each.
-RUN = ["dataset=synthetic", "precision=no", "threads=1", "log_every_steps=1", "run_dir=run", "model=mlp"]
+RUN = ["dataset=synthetic", "precision=fp32", "threads=1", "log_every_steps=1", "run_dir=run", "model=mlp"]
 RUN += ["batch_size=250", "epochs=3"]
 FIRST, SECOND, LAST = 4, 8, 12
 NAMES = {step: f"step-{step:08d}" for step in (FIRST, SECOND, LAST)}
@@ -68,10 +71,11 @@ def straight(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save(step: int, source: Path, run_dir: Path) -> Iterator[None]:
     """Save what the undisturbed run had at a step, and keep only that."""
     found = checkpoint.read(source / "checkpoints" / NAMES[step])
-    weights, training = found.weights(), checkpoint.parse_training(found.training, source)
-    checkpoint.save(run_dir.with_name("rehearsal"), step, weights, training, keep=1)  # so that all is imported
+    weights, training = load(found.model), checkpoint.parse_training(found.training, source)
+    about = read_about(found.path / MODEL)
+    checkpoint.save(run_dir.with_name("rehearsal"), step, weights, training, 1, about)  # so that all is imported
     yield
-    checkpoint.save(run_dir / "checkpoints", step, weights, training, keep=1)
+    checkpoint.save(run_dir / "checkpoints", step, weights, training, 1, about)
 
 
 def look(run_dir: Path) -> Iterator[None]:
@@ -85,7 +89,7 @@ def look(run_dir: Path) -> Iterator[None]:
 def finish(run_dir: Path) -> Iterator[None]:
     """Replace a small file."""
     yield
-    rundir.write_json(run_dir / "DONE", {"step": LAST})
+    write_json(run_dir / "DONE", {"step": LAST})
 
 
 def _speak_into(log: Path) -> None:
@@ -184,7 +188,7 @@ def check_end(result: Result, run_dir: Path, straight: Path) -> None:
     last = run_dir / "checkpoints" / NAMES[LAST]
     assert (last / MODEL).read_bytes() == (straight / "checkpoints" / NAMES[LAST] / MODEL).read_bytes()
     assert losses(run_dir) == losses(straight)
-    assert rundir.done_step(run_dir) == LAST
+    assert RunDir(run_dir).done_step() == LAST
     assert not list((run_dir / "checkpoints").glob(".tmp-*"))
 
 
@@ -273,14 +277,14 @@ def _torn_save(
     _speak_into(log)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
-    write_synced = checkpoint._write_synced
+    write_synced = checkpoint.write_synced
 
     def tear(path: Path, data: bytes) -> None:
         if path.name == name and run_dir in path.parents:
             resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
         write_synced(path, data)
 
-    checkpoint._write_synced = tear
+    checkpoint.write_synced = tear
     for _step in save(SECOND, source, run_dir):
         pass
     os._exit(0)
@@ -311,11 +315,11 @@ def test_a_crash_while_a_start_tidies_up(straight: Path, data_dir: Path, tmp_pat
 
 def test_a_crash_at_any_call_that_replaces_a_small_file(straight: Path, tmp_path: Path) -> None:
     before = copied(straight, tmp_path / "before", LAST)
-    rundir.write_json(before / "DONE", {"step": FIRST})
+    write_json(before / "DONE", {"step": FIRST})
     old = (before / "DONE").read_bytes()
     steps = []
     for run_dir, _ in crashes(finish, before, tmp_path):
-        steps.append(rundir.done_step(run_dir))
+        steps.append(RunDir(run_dir).done_step())
         assert steps[-1] == LAST or (run_dir / "DONE").read_bytes() == old
     assert set(steps) == {FIRST} or set(steps) == {FIRST, LAST}
     assert steps == sorted(steps)  # type: ignore[type-var]
@@ -342,7 +346,7 @@ def test_a_crash_between_the_last_checkpoint_and_the_end(
 ) -> None:
     arguments, log = [*RUN, f"data_dir={data_dir}"], tmp_path / "output.txt"
     assert wait_ranks(start_ranks(arguments, log, target=functools.partial(_die_at_done, moment)), log).code == -9
-    assert (rundir.done_step(tmp_path / "run") == LAST) == (moment == "after")
+    assert (RunDir(tmp_path / "run").done_step() == LAST) == (moment == "after")
     assert metrics(tmp_path / "run", "done")
     result = run_ranks(arguments, tmp_path)
     check_end(result, tmp_path / "run", straight)

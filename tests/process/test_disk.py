@@ -5,6 +5,7 @@ most containers it may not); a limit on the size of a file stands in for a quota
 """
 
 import functools
+import re
 import resource
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mnist_dist.run import checkpoint
-from mnist_dist.run import run_dir as rundir
+from mnist_dist.run.run_dir import RunDir
 from tests.conftest import (
     TRAIN,
     Result,
@@ -35,7 +36,7 @@ from tests.conftest import (
 from tests.disks import PAGE_BYTES, can_mount, fill, read_only, resize, small_disk
 
 # Four steps an epoch, a checkpoint after each.
-RUN = ["dataset=synthetic", "precision=no", "threads=1", "log_every_steps=1", "batch_size=250", "timeout_s=60"]
+RUN = ["dataset=synthetic", "precision=fp32", "threads=1", "log_every_steps=1", "batch_size=250", "timeout_s=60"]
 RUN += ["optimizer=sgd", "lr=2e-3"]
 FIRST, SECOND, LAST = 4, 8, 12
 PLENTY = 10_000  # pages
@@ -90,10 +91,16 @@ def check_good(run_dir: Path, *steps: int) -> None:
 def check_end(result: Result, run_dir: Path, straight: Path, world_size: int = 1) -> None:
     """The run finished with the undisturbed run's weights."""
     assert result.code == 0, result.output
-    assert rundir.done_step(run_dir) == LAST
+    assert RunDir(run_dir).done_step() == LAST
     one, other = (load_file(path / "checkpoints" / name(LAST) / checkpoint.MODEL) for path in (run_dir, straight))
     tolerance = 0 if world_size == 1 else 1e-5
     assert max(float((tensor - other[key]).abs().max()) for key, tensor in one.items()) <= tolerance
+
+
+def lines(run_dir: Path) -> list[str]:
+    """What console.log says, without times and figures of time."""
+    text = (run_dir / "console.log").read_text()
+    return [re.sub(r"\d+\.\d s|\d+\.\d$|\S+ images/s", "", line)[20:] for line in text.splitlines()]
 
 
 # --- full ---
@@ -112,8 +119,9 @@ def test_a_disk_that_is_full_in_a_save(
         f"the last good one is disk/run/checkpoints/{name(FIRST)}"
     )
     check_good(disk / "run", FIRST)
-    assert metrics(disk / "run", "failed")[0]["reason"] == reason
-    assert rundir.done_step(disk / "run") is None
+    failed = metrics(disk / "run", "failed")[0]
+    assert (failed["cause"], failed["reason"]) == ("storage", reason)
+    assert RunDir(disk / "run").done_step() is None
 
     result = run_ranks(arguments, tmp_path, world_size=world_size)
     assert f"the checkpoint of step {SECOND} could not be written" in sentence(result)  # as long as it is full
@@ -146,9 +154,8 @@ def test_a_disk_that_is_full_at_a_line_of_the_record(
     resize(disk, PLENTY)
     result = run_ranks([*arguments, f"max_steps={found.step + 1}"], tmp_path, world_size=world_size)
     assert result.code == 0, result.output
-    assert checkpoint.read(tmp_path / "run/checkpoints" / name(found.step + 1)).step == rundir.done_step(
-        tmp_path / "run"
-    )
+    assert RunDir(tmp_path / "run").done_step() == found.step + 1
+    assert checkpoint.read(tmp_path / "run/checkpoints" / name(found.step + 1)).step == found.step + 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -158,8 +165,8 @@ def test_a_disk_that_is_full_at_a_line_of_the_record(
         (0, "run_dir=disk/run cannot be written"),
         (1, "disk/run/config.yaml"),
         (2, "disk/run/versions.json"),
-        (3, "disk/run/metrics.jsonl"),
-        (4, "disk/run/console.log"),
+        (3, "disk/run/metrics.jsonl could not be written"),
+        (4, "disk/run/console.log could not be written"),
         (8, f"the checkpoint of step {FIRST} could not be written"),
     ],
 )
@@ -207,7 +214,7 @@ def test_a_quota(num_bytes: int, world_size: int, straight: Path, data_dir: Path
 
 
 def test_a_console_on_a_full_disk(straight: Path, data_dir: Path, tmp_path: Path) -> None:
-    """As in a log file of the job's on the disk that is full; a real start, because the end of Python matters."""
+    """The run goes on without it; a real start, because the end of Python matters."""
     arguments = [*RUN, f"data_dir={data_dir}", "epochs=3", "run_dir=run"]
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
@@ -218,8 +225,22 @@ def test_a_console_on_a_full_disk(straight: Path, data_dir: Path, tmp_path: Path
             stderr=subprocess.PIPE,
             text=True,
         )
-    assert sentence(Result([result.returncode], result.stderr)) == "the console: No space left on device"
-    check_end(run_ranks(arguments, tmp_path), tmp_path / "run", straight)
+    assert result.stderr == ""
+    check_end(Result([result.returncode], result.stderr), tmp_path / "run", straight)
+    assert losses(tmp_path / "run") == losses(straight)
+    assert lines(tmp_path / "run") == lines(straight)
+
+
+def test_a_reader_of_the_console_that_goes_away(straight: Path, data_dir: Path, tmp_path: Path) -> None:
+    what = f"smoke dataset=synthetic epochs=2 max_steps=20 run_dir=run data_dir='{data_dir}'"
+    command = f"'{sys.executable}' '{TRAIN}' {what} | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.count("\n") == 1
+    assert RunDir(tmp_path / "run").done_step() == 20
+    assert "test accuracy" in (tmp_path / "run/console.log").read_text()
 
 
 # --- read-only ---

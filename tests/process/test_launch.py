@@ -47,8 +47,8 @@ def test_every_launcher_ends_alike(
 ) -> None:
     if command == [NODE]:
         environment["MASTER_PORT"] = str(free_port())
-    assert launch([sys.executable, str(TRAIN), "run_dir=straight", "precision=no"], tmp_path, data_dir)[0] == 0
-    code, output = launch([*command, "run_dir=run", "precision=no"], tmp_path, data_dir, **environment)
+    assert launch([sys.executable, str(TRAIN), "run_dir=straight", "precision=fp32"], tmp_path, data_dir)[0] == 0
+    code, output = launch([*command, "run_dir=run", "precision=fp32"], tmp_path, data_dir, **environment)
     assert code == 0, output
     assert "Traceback" not in output
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "straight"), abs=1e-5 if num_ranks > 1 else 0)
@@ -67,7 +67,7 @@ def test_two_unconnected_processes_are_refused(data_dir: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("request_", "sentence"),
     [
-        ("precision=fp16", "precision=fp16 needs a GPU (there is no gradient scaler on a CPU); use bf16, no or auto"),
+        ("precision=fp16", "precision=fp16 needs a GPU (there is no gradient scaler on a CPU); use bf16, fp32 or auto"),
         ("resume=typo", "there is no whole checkpoint in typo; give a run's folder or one checkpoint's"),
     ],
 )
@@ -83,7 +83,10 @@ def test_a_wrong_environment_is_one_sentence(data_dir: Path, tmp_path: Path) -> 
         ("NPROC", "two"): "local.sh: NPROC=two is not a number of ranks\n",
         ("MAX_RESTARTS", "often"): "local.sh: MAX_RESTARTS=often is not a number of restarts\n",
         ("MASTER_PORT", "99999"): "local.sh: MASTER_PORT=99999 is not a port, 1 to 65535\n",
-        ("LOCAL_RANK", "x"): "mnist-dist: LOCAL_RANK='x' in the environment is not a number\n",
+        (
+            "LOCAL_RANK",
+            "x",
+        ): "mnist-dist: LOCAL_RANK='x' in the environment is not a number, so the launch is incomplete\n",
     }
     for (name, value), sentence in sentences.items():
         assert launch([LOCAL], tmp_path, data_dir, **{name: value}) == (2, sentence)

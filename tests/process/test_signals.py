@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from tests.conftest import REPOSITORY, TRAIN, has_steps, metrics, run_ranks, start_ranks, user_environment, wait_for
 from tests.processes import processes_of, ranks_of
 
-LONG = ["dataset=synthetic", "epochs=100000", "precision=no", "threads=1", "log_every_steps=1", "run_dir=run"]
+LONG = ["dataset=synthetic", "epochs=100000", "precision=fp32", "threads=1", "log_every_steps=1", "run_dir=run"]
 
 
 def start(command: list[str], folder: Path, data_dir: Path, **environment: str) -> subprocess.Popen[bytes]:
@@ -93,9 +94,16 @@ def test_a_lost_rank_restarts_the_job_from_its_checkpoint(data_dir: Path, tmp_pa
     assert_stopped_cleanly(tmp_path, "STOP")
 
 
-def test_a_resumed_run_has_no_stop_left(data_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "STOP").touch()
+def test_a_stop_that_came_while_the_run_was_starting_is_heard_and_one_from_before_is_not(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    stop_file = tmp_path / "run" / "STOP"
+    stop_file.parent.mkdir()
+    stop_file.touch()
+    os.utime(stop_file, (time.time() + 1000,) * 2)
     arguments = [*LONG[:1], "epochs=2", *LONG[2:], f"data_dir={data_dir}"]
     assert run_ranks(arguments, tmp_path).code == 3
+    assert not stop_file.exists()
+    stop_file.touch()
     assert run_ranks(arguments, tmp_path).code == 0
+    assert not stop_file.exists()

@@ -3,13 +3,15 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from mnist_dist.run import checkpoint
 from tests.conftest import (
@@ -30,7 +32,7 @@ from tests.conftest import (
 )
 
 # 16 steps an epoch, the last of 40 images; seven epochs are 112 steps.
-COMMON = ["dataset=synthetic", "precision=no", "threads=1", "log_every_steps=1", "run_dir=run"]
+COMMON = ["dataset=synthetic", "precision=fp32", "threads=1", "log_every_steps=1", "run_dir=run"]
 # Slow training for the CNN: each ReLU or pooling window that float rounding tips over is a small jump, fast training
 # makes it grow, and after a hundred steps of any faster recipe two orders of summation are 1e-4 to 1e-3 apart. A wrong
 # weight on a single batch would still show as 1e-4 and more.
@@ -96,18 +98,18 @@ def test_a_micro_batch_changes_nothing(straight: Path, recipe: list[str], data_d
 
 def _count(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     """Be a rank that writes down which images it gave weight to."""
-    from mnist_dist.data.dataset import Share, Shares
+    from mnist_dist.data.sampler import Batch, GlobalBatchSampler
 
-    cut = Shares.cut
+    cut = GlobalBatchSampler.batch
 
-    def counted(self: Shares, order: torch.Tensor, step_in_epoch: int) -> Share:
-        share = cut(self, order, step_in_epoch)
-        kept = share.rows if share.weights is None else share.rows[share.weights > 0]
+    def counted(self: GlobalBatchSampler, step: int) -> Batch:
+        batch = cut(self, step)
+        kept = batch.indices.flatten() if batch.mask is None else batch.indices[batch.mask > 0]
         with (folder / f"rows-{environment.get('RANK', 0)}").open("a") as file:
             file.writelines(f"{row}\n" for row in kept.tolist())
-        return share
+        return batch
 
-    Shares.cut = counted  # type: ignore[method-assign]
+    GlobalBatchSampler.batch = counted  # type: ignore[method-assign]
     become(arguments, folder, log, environment)
 
 
@@ -135,7 +137,7 @@ def interrupt(folder: Path, data_dir: Path, recipe: list[str], world_size: int, 
     """Start a run and stop it with SIGTERM, to one rank only, after about so many steps."""
     log = folder / "interrupted.txt"
     arguments = [*COMMON, f"data_dir={data_dir}", "epochs=7", *recipe]
-    ranks = start_ranks(arguments, log, world_size=world_size, target=_slow)
+    ranks = start_ranks(arguments, log, world_size=world_size, target=slow)
     wait_for(has_steps(folder / "run", num_steps))
     pid = ranks[-1].pid
     assert pid
@@ -148,11 +150,11 @@ def interrupt(folder: Path, data_dir: Path, recipe: list[str], world_size: int, 
     assert "start it again with run_dir=run" in result.output
 
 
-def _slow(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+def slow(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     """Be a rank that meets the others after every step, so that a signal is heard at once."""
-    import mnist_dist.training.trainer
+    import mnist_dist.training.sync
 
-    mnist_dist.training.trainer.MAX_PULSE_STEPS = 1
+    mnist_dist.training.sync.MAX_STEPS = 1
     become(arguments, folder, log, environment)
 
 
@@ -167,7 +169,7 @@ def test_resuming_is_exact_to_the_last_bit(
 
 
 def test_resuming_is_exact_in_bf16_too(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_bf16 = ["precision=bf16" if argument == "precision=no" else argument for argument in COMMON]
+    in_bf16 = ["precision=bf16" if argument == "precision=fp32" else argument for argument in COMMON]
     monkeypatch.setattr("tests.process.test_training.COMMON", in_bf16)
     undisturbed = train(tmp_path / "undisturbed", data_dir, *RECIPES["cnn"])
     assert "precision bf16" in (undisturbed / "console.log").read_text()
@@ -241,7 +243,7 @@ def test_a_checkpoint_without_an_epochs_sums_is_welcome(data_dir: Path, tmp_path
     training = checkpoint.parse_training(found.training, found.path)
     del training["epoch_loss"], training["epoch_images"]
     shutil.rmtree(found.path)
-    checkpoint.save(folder, found.step, found.weights(), training, keep=2)
+    checkpoint.save(folder, found.step, load(found.model), training, keep=2)
     assert len(losses(train(tmp_path, data_dir, epochs=2))) == 32
 
 
@@ -252,6 +254,15 @@ def test_a_run_that_goes_on_names_the_checkpoint_that_it_has(data_dir: Path, tmp
     result = wait_ranks(start_ranks(arguments, log, target=functools.partial(_poison, 20)), log)
     assert result.code == 1
     assert "the last good checkpoint is run/checkpoints/step-00000016;" in result.output
+
+
+def test_a_longer_run_says_how_its_learning_rate_jumps(data_dir: Path, tmp_path: Path) -> None:
+    train(tmp_path, data_dir, "schedule=one-cycle", epochs=1)
+    result = run_ranks([*COMMON, f"data_dir={data_dir}", "schedule=one-cycle", "epochs=2"], tmp_path)
+    assert result.code == 0, result.output
+    assert re.search(r"note: the learning rate at step 16 was to be 0 and is now 0\.00\d+\n", result.output)
+    again = run_ranks([*COMMON, f"data_dir={data_dir}", "schedule=one-cycle", "epochs=2"], tmp_path)
+    assert "learning rate" not in again.output
 
 
 def test_other_images_under_the_same_name_are_refused(data_dir: Path, tmp_path: Path) -> None:
@@ -306,19 +317,30 @@ def test_the_run_directory_holds_what_it_promises(straight: Path) -> None:
 
 
 def _poison(step: int, arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
-    """Be a rank whose images are not finite from a step on, on rank 1 or where it is alone."""
-    from mnist_dist.training.trainer import Trainer
+    """Be a rank whose weights are not finite from a step on, on the last rank or where it is alone."""
 
-    train_step = Trainer.train_step
+    def poison(network: torch.nn.Module) -> None:
+        next(network.parameters()).fill_(float("nan"))
 
-    def poisoned(self: Trainer, order: torch.Tensor, epoch: int, step_in_epoch: int) -> None:
-        if self.state.step == step and self.world.rank == self.world.size - 1:
-            with torch.no_grad():
-                next(self.learner.network.parameters()).fill_(float("nan"))
-        train_step(self, order, epoch, step_in_epoch)
-
-    Trainer.train_step = poisoned  # type: ignore[method-assign]
+    if int(environment.get("RANK", 0)) == int(environment.get("WORLD_SIZE", 1)) - 1:
+        change_weights(step, poison)
     become(arguments, folder, log, environment)
+
+
+def change_weights(step: int, change: Callable[[torch.nn.Module], None]) -> None:
+    """In this process: do something to the network just before a step."""
+    from mnist_dist.data.sampler import Batch
+    from mnist_dist.training.train_step import TrainStep
+
+    train_step = TrainStep.__call__
+
+    def changed(self: TrainStep, batch: Batch, lr: float) -> torch.Tensor:
+        if batch.step == step:
+            with torch.no_grad():
+                change(self.network)
+        return train_step(self, batch, lr)
+
+    TrainStep.__call__ = changed  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -331,13 +353,81 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(world_size: int, data_dir: Pa
         result.output
     )
     assert result.output.count("mnist-dist:") == 1
-    reason = metrics(tmp_path / "run", "failed")[0]["reason"]
-    assert "step 20" in reason
+    failed = metrics(tmp_path / "run", "failed")[0]
+    assert failed["cause"] == "not_finite"
+    assert "step 20" in failed["reason"]
+
+
+def _flip(rank: int, arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+    """Be a rank of which one, before step 20, finds one bit of one weight another."""
+
+    def flip(network: torch.nn.Module) -> None:
+        network.get_parameter("conv2.weight").view(torch.int32)[0, 7, 0, 0] ^= 1 << 12
+
+    if environment["RANK"] == str(rank):
+        change_weights(20, flip)
+    become(arguments, folder, log, environment)
+
+
+@pytest.mark.parametrize(("world_size", "rank", "batch_size"), [(2, 1, 64), (3, 1, 60), (3, 0, 60)])
+def test_a_rank_with_other_weights_is_named(
+    world_size: int, rank: int, batch_size: int, data_dir: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "output.txt"
+    arguments = [*COMMON, f"data_dir={data_dir}", "epochs=2", f"batch_size={batch_size}"]
+    target = functools.partial(_flip, rank)
+    result = wait_ranks(start_ranks(arguments, log, world_size=world_size, target=target), log)
+    assert result.code == 1
+    (line,) = [line for line in result.output.splitlines() if line.startswith("mnist-dist:")]
+    host = os.uname().nodename
+    other = 0 if rank else 1
+    assert f"rank {rank} on {host} holds other weights than rank {other} on {host}, first in conv2.weight," in line
+    first_epoch = -(-NUM_TRAIN // batch_size)
+    assert f"the last good checkpoint is run/checkpoints/step-{first_epoch:08d};" in line
+    failed = metrics(tmp_path / "run", "failed")[0]
+    assert (failed["cause"], line) == ("replicas_differ", f"mnist-dist: {failed['reason']}")
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("change", ["lr=1e-3", "seed=1"])
+def test_ranks_with_different_requests_are_refused(change: str, data_dir: Path, tmp_path: Path) -> None:
+    log, port = tmp_path / "output.txt", free_port()
+    ranks = []
+    for rank in range(2):
+        arguments = ["train", *COMMON, f"data_dir={data_dir}", *([change] if rank else [])]
+        ranks.append(start_verb(arguments, log, become, **rank_environment(rank, 2, port)))
+    result = wait_ranks(ranks, log)
+    assert result.code == 2
+    host = os.uname().nodename
+    key, value = change.split("=")
+    first = {"lr": "0.005", "seed": "0"}[key]
+    assert result.output == (
+        f"mnist-dist: rank 1 on {host} has {key}={float(value):g} and rank 0 on {host} has {key}={first}; start all "
+        "ranks with the same request and the same code\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_may_differ_between_ranks(data_dir: Path, tmp_path: Path) -> None:
+    """Where things lie on a rank's machine, and its threads."""
+    log, port = tmp_path / "output.txt", free_port()
+    (tmp_path / "elsewhere").symlink_to(data_dir)
+    ranks = []
+    for rank, mine in enumerate(
+        ([f"data_dir={data_dir}"], ["data_dir=elsewhere", "missing=fail", "mirror=nowhere", "threads=2", "run_dir=x"])
+    ):
+        arguments = ["train", *COMMON[:2], "log_every_steps=1", "threads=1", "run_dir=run", "max_steps=3"]
+        arguments = [a for a in arguments if a.split("=")[0] not in {m.split("=")[0] for m in mine}]
+        ranks.append(start_verb([*arguments, *mine], log, become, **rank_environment(rank, 2, port)))
+    result = wait_ranks(ranks, log)
+    assert result.code == 0, result.output
+    assert len(losses(tmp_path / "run")) == 3
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_tracker_gets_every_recorded_step(data_dir: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    result = run_ranks([*COMMON, f"data_dir={data_dir}", "epochs=2", "log_with=[tensorboard]"], tmp_path, world_size=2)
+    result = run_ranks([*COMMON, f"data_dir={data_dir}", "epochs=2", "log_with=tensorboard"], tmp_path, world_size=2)
     assert result.code == 0, result.output
     events = accumulator.EventAccumulator(str(tmp_path / "run" / "tracking"))
     events.Reload()

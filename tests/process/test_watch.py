@@ -1,6 +1,7 @@
 """A rank that dies or hangs is named, once, and the others end with it."""
 
 import functools
+import itertools
 import os
 import signal
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from tests.conftest import (
     Result,
@@ -27,7 +29,7 @@ LONG = [
     "dataset=synthetic",
     "epochs=100000",
     "threads=1",
-    "precision=no",
+    "precision=fp32",
     "log_every_steps=1",
     "run_dir=run",
     "batch_size=60",
@@ -57,7 +59,9 @@ def test_a_killed_rank_is_named_once(data_dir: Path, tmp_path: Path, world_size:
     assert f"rank {victim} on {os.uname().nodename} does not answer" in result.output
     assert "Traceback" not in result.output
     if victim:
-        assert f"rank {victim}" in metrics(tmp_path / "run", "failed")[0]["reason"]
+        failed = metrics(tmp_path / "run", "failed")[0]
+        assert failed["cause"] == "rank_lost"
+        assert f"rank {victim}" in failed["reason"]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -70,16 +74,16 @@ def test_a_frozen_rank_is_named_once(data_dir: Path, tmp_path: Path, victim: int
 
 def _hang_in_step(last: int, arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     """Be rank 1 of a run, and stop computing at a step, with the process alive."""
-    from mnist_dist.training.trainer import Trainer
+    from mnist_dist.training.train_step import TrainStep
 
-    learning_rate = Trainer.learning_rate
+    update, steps = TrainStep.update, itertools.count()
 
-    def hang(self: Trainer, step: int) -> float:
-        if step == last and self.world.rank == 1:
+    def hang(self: TrainStep, *tensors: Tensor, mask: Tensor | None = None) -> Tensor:
+        if next(steps) == last and self.world.rank == 1:
             time.sleep(1000)
-        return learning_rate(self, step)
+        return update(self, *tensors, mask=mask)
 
-    Trainer.learning_rate = hang  # type: ignore[method-assign]
+    TrainStep.update = hang  # type: ignore[method-assign]
     become(arguments, folder, log, environment)
 
 
@@ -94,6 +98,31 @@ def test_a_hanging_rank_is_named_with_what_each_did(data_dir: Path, tmp_path: Pa
     assert "rank 0 was exchanging gradients, step 10" in result.output
     assert "rank 1 was computing, step 10" in result.output
     assert result.output.count("mnist-dist:") == 1
+    assert metrics(tmp_path / "run", "failed")[0]["cause"] == "rank_hangs"
+    assert "in hang" in (tmp_path / "run" / "stack-rank-1.txt").read_text()
+    assert "exchange.py" in (tmp_path / "run" / "stack-rank-0.txt").read_text()
+
+
+def _fail(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+    """Be a rank of which one has a bug."""
+    from mnist_dist.training.train_step import TrainStep
+
+    def fail(*_: object, **__: object) -> Tensor:
+        raise KeyError("no such thing")
+
+    if environment["RANK"] == "1":
+        TrainStep.update = fail  # type: ignore[method-assign]
+    become(arguments, folder, log, environment)
+
+
+def test_a_rank_with_a_bug_is_named_with_it(data_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "output.txt"
+    result = wait_ranks(start_ranks([*LONG, f"data_dir={data_dir}"], log, world_size=2, target=_fail), log)
+    assert result.code == 1
+    assert f"mnist-dist: rank 1 on {os.uname().nodename} failed: KeyError: 'no such thing'" in result.output
+    assert result.output.count("mnist-dist:") == 1
+    assert result.output.count("Traceback") == 1
+    assert metrics(tmp_path / "run", "failed")[0]["cause"] == "rank_failed"
 
 
 def test_ranks_that_never_come_are_named(data_dir: Path, tmp_path: Path) -> None:
@@ -110,3 +139,22 @@ def test_a_master_that_has_no_address_is_named(data_dir: Path, tmp_path: Path) -
     result = run_ranks([*LONG, f"data_dir={data_dir}"], tmp_path, **environment)
     assert result.code == 1
     assert "cannot resolve MASTER_ADDR=no-such-host.invalid" in result.output
+
+
+def _die_while_joining(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+    """Be rank 1 of a run, and be killed after the ranks have met and before they are one group."""
+    if environment["RANK"] == "1":
+        import mnist_dist.distributed.setup
+
+        mnist_dist.distributed.setup.init_process_group = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    become(arguments, folder, log, environment)
+
+
+def test_a_rank_that_is_killed_while_joining_is_named(data_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "output.txt"
+    first, second = start_ranks([*LONG, f"data_dir={data_dir}"], log, world_size=2, target=_die_while_joining)
+    result = wait_ranks([first], log)
+    second.join()
+    assert result.code == 1
+    assert f"rank 1 on {os.uname().nodename} does not answer" in result.output
+    assert result.output.count("mnist-dist: rank 1") == 1

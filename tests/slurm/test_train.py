@@ -1,5 +1,8 @@
 """Training on two nodes: the same curve as one process, under both launchers, and what stops a job before it starts."""
 
+import hashlib
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +30,40 @@ def test_two_nodes_of_two_ranks_train_as_one_process(
     assert losses(job.run_dir) == pytest.approx(losses(tmp_path / "run"), abs=1e-5)
     for name, value in weights(tmp_path / "run").items():
         assert (weights(job.run_dir)[name] - value).abs().max() < 1e-5
+
+
+def test_two_nodes_of_two_ranks_have_the_bits_of_one_process(submit: Submit, data_dir: Path, tmp_path: Path) -> None:
+    """At the default recipe's learning rate, where the ordinary sum over ranks is 1e-3 apart."""
+    arguments = ["cnn", "dataset=synthetic", "epochs=2", "bit_exact=4", "shift=2", "ema=0.99", "clip_grad_norm=1"]
+    job = submit("--nodes=2", "--ntasks-per-node=2", *arguments)
+    alone = run_ranks([*arguments, f"data_dir={data_dir}", "run_dir=run"], tmp_path)
+    assert alone.code == 0, alone.output
+    job.wait_for_end("COMPLETED")
+    assert sha256_of_weights(job.run_dir) == sha256_of_weights(tmp_path / "run")
+
+
+def sha256_of_weights(run_dir: Path) -> str:
+    """Of the newest model.safetensors."""
+    return hashlib.sha256((max((run_dir / "checkpoints").iterdir()) / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("nodes", ["1", "2"])
+def test_srun_alone_starts_one_world(nodes: str, cluster: Cluster, project: Path) -> None:
+    """Without our scripts, SLURM's own variables say which rank a task is."""
+    command = [sys.executable, "train.py", *SHORT, "max_steps=5", f"run_dir=runs/srun-{nodes}"]
+    wrapped = f"source slurm/site.sh; srun --nodes={nodes} {shlex.join(command)}"
+    options = ["--parsable", "--output=%j.log", f"--nodes={nodes}", "--ntasks=2", "--wrap", wrapped]
+    job = Job(cluster, project, cluster.client("sbatch", *options, cwd=project).strip())
+    job.wait_for_end("COMPLETED")
+    assert job.log.count("2 ranks on cpu") == 1, job.log
+
+
+def test_a_verb_that_needs_no_ranks_runs_once(submit: Submit, project: Path) -> None:
+    job = submit("--nodes=2", *SHORT, "max_steps=5", "run_dir=runs/to-evaluate")
+    job.wait_for_end("COMPLETED")
+    evaluation = submit("evaluate", "runs/to-evaluate")
+    evaluation.wait_for_end("COMPLETED")
+    assert evaluation.log.count("mlp on synthetic, test") == 1
 
 
 def test_a_bad_configuration_fails_once(submit: Submit) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from mnist_dist.cli import main
-from mnist_dist.config.schema import build
+from mnist_dist.config.parse import build_config
 from mnist_dist.data import download as fetch
 from mnist_dist.data.dataset import load_dataset
 from mnist_dist.data.synthetic import draw_digits
@@ -22,7 +22,7 @@ from mnist_dist.run import checkpoint
 from mnist_dist.training.evaluation import Evaluation, evaluate
 from tests.conftest import NUM_TEST, REPOSITORY, TRAIN, clean_environment
 
-MAIN = "import sys; from mnist_dist.cli import main; sys.exit(main())"
+MAIN = "import sys; from mnist_dist.cli import main; sys.exit(main(sys.argv[1:]))"
 LONG = "x" * 5000  # no file system takes such a name
 
 
@@ -45,7 +45,7 @@ def weights(cwd: Path) -> Path:
 @pytest.fixture
 def run_dir(cwd: Path, data_dir: Path) -> Path:
     """A run's folder as training leaves it: two checkpoints, the configuration, `latest`."""
-    config = build({"model": "cnn", "dataset": "mnist", "data_dir": str(data_dir), "missing": "synthetic"})
+    config = build_config({"model": "cnn", "dataset": "mnist", "data_dir": str(data_dir), "missing": "synthetic"})
     path = cwd / "runs/cnn-20250102-030405"
     path.mkdir(parents=True)
     # The digits stood in for mnist, which only the checkpoint knows.
@@ -60,7 +60,7 @@ def run_dir(cwd: Path, data_dir: Path) -> Path:
 @pytest.fixture
 def expected(data_dir: Path) -> Evaluation:
     """What the newest checkpoint of `run_dir` is worth."""
-    return evaluate(build_model("cnn", seed=20), load_dataset("synthetic", data_dir).held_out)
+    return evaluate(build_model("cnn", seed=20), load_dataset("synthetic", data_dir).eval_split)
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -108,27 +108,32 @@ def run_main(
     [
         ([], "the following arguments are required: VERB"),
         (["evalute", "model.safetensors"], "invalid choice: 'evalute'"),
-        (["evaluate"], "the following arguments are required: RUN"),
-        (["evaluate", "missing"], "there is no missing; give a run's folder, a checkpoint's, or a .safetensors file"),
+        (["evaluate"], "there is no RUN; give a run's folder, a checkpoint's, or a file of weights"),
+        (["evaluate", "nowhere"], "there is no nowhere; give a run's folder, a checkpoint's, or a file of weights"),
+        (["evaluate", "missing"], "missing has no value; write missing=VALUE"),  # ./missing is a path
         (["evaluate", "missing.safetensors"], "there is no missing.safetensors"),
         (["evaluate", LONG], "File name too long"),
         (["evaluate", "."], "there is no whole checkpoint in ."),
         (["evaluate", "model.safetensors", "lr=1"], "lr is no key of this verb, which takes dataset, data_dir"),
         (["evaluate", "model.safetensors", "datset=mnist"], "did you mean dataset?"),
-        (["evaluate", "model.safetensors", "mnist"], "'mnist' is neither"),
+        (["evaluate", "model.safetensors", "mnist"], "there is 'mnist' beside RUN 'model.safetensors'"),
         (["evaluate", "model.safetensors", "dataset=minst"], "did you mean mnist?"),
         (["evaluate", "model.safetensors", "threads=-1"], "threads=-1 is too small: at least 0"),
         (["evaluate", "model.safetensors", "threads=1", "threads=2"], "two values for threads"),
         (["evaluate", "model.safetensors", "validation=x"], "validation=x is not a whole number"),
-        (["evaluate", "model.safetensors", "--yaml"], "unrecognized arguments: --yaml"),
+        (["evaluate", "model.safetensors", "--yaml"], "there is no option --yaml"),
         (["evaluate", "model.safetensors", "missing=fail"], "missing=fail forbids the network"),
         (["evaluate", "model.safetensors", f"data_dir={LONG}"], "File name too long"),
         (["fetch", "lr=1"], "lr is no key of this verb, which takes dataset, data_dir, mirror"),
         (["fetch", "missing=fail"], "missing is no key of this verb"),
         (["fetch", "dataset=minst"], "did you mean mnist?"),
         (["fetch", "data_dir="], "data_dir= has no value"),
-        (["fetch", "mnist"], "mnist"),
-        (["fetch", "--dataset", "mnist"], "unrecognized arguments: --dataset"),
+        (["fetch", "minst"], "did you mean mnist?"),
+        (["fetch", "mnist", "kmnist"], "'kmnist' is a second dataset beside 'mnist'; give one"),
+        (["fetch", "mnist", "dataset=kmnist"], "two values for dataset"),
+        (["fetch", "--dataset", "minst"], "did you mean mnist?"),
+        (["fetch", "--json"], "there is no option --json"),
+        (["evaluate", "$NO_SUCH_VARIABLE"], "names the variable NO_SUCH_VARIABLE, which is not set"),
         (["fetch", "data_dir=model.safetensors"], "data_dir=model.safetensors cannot be written (File exists)"),
         (["fetch", "data_dir=/proc/data"], "data_dir=/proc/data cannot be written"),
         (["fetch", f"data_dir={LONG}"], "File name too long"),
@@ -156,9 +161,9 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         (b"", "model.safetensors is not a safetensors file"),
         (b"\x80\x02}q\x00.", "model.safetensors is not a safetensors file"),
         (bytes(range(256)) * 8, "model.safetensors is not a safetensors file"),
-        ({}, "0.bias is missing, not (512,)"),
-        ({"conv1.weight": torch.zeros(1)}, "conv1.bias is missing, not (32,)"),
-        ({"fc.weight": torch.zeros(10, 784)}, "does not hold the weights of a network of this program: 0.bias"),
+        ({}, "0.weight is missing, not (512, 784)"),
+        ({"conv1.weight": torch.zeros(1)}, "conv1.weight is (1,), not (32, 1, 3, 3)"),
+        ({"fc.weight": torch.zeros(10, 784)}, "does not hold the weights of a network of this program: 0.weight"),
     ],
     ids=["empty", "pickle", "binary", "nothing", "half", "other"],
 )
@@ -181,7 +186,7 @@ def test_a_damaged_dataset_is_refused(weights: Path, cwd: Path, capsys: pytest.C
 def test_a_bare_file_is_evaluated_as_json(weights: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["evaluate", str(weights), "dataset=synthetic", f"data_dir={data_dir}", "--json"]
     figures = strict(printed(arguments, capsys))
-    expected = evaluate(build_model("mlp", seed=4), load_dataset("synthetic", data_dir).held_out)
+    expected = evaluate(build_model("mlp", seed=4), load_dataset("synthetic", data_dir).eval_split)
     assert figures.pop("loss") == pytest.approx(expected.loss, rel=1e-6)
     assert figures == {
         "weights": str(weights),
@@ -219,7 +224,7 @@ def test_the_splits_of_a_run_can_be_overridden(
 ) -> None:
     held_out = strict(printed(["evaluate", str(run_dir), "validation=300", "--json"], capsys))
     assert (held_out["split"], held_out["count"]) == ("validation", 300)
-    config = build({"dataset": "synthetic", "data_dir": str(data_dir), "validation": 150})
+    config = build_config({"dataset": "synthetic", "data_dir": str(data_dir), "validation": 150})
     (run_dir / "config.yaml").write_text(config.to_yaml())
     held_out = strict(printed(["evaluate", str(run_dir), "--json"], capsys))
     assert (held_out["split"], held_out["count"]) == ("validation", 150)
@@ -236,7 +241,7 @@ def test_a_run_is_evaluated_where_its_machines_folders_are_not(
     run_dir: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = {"dataset": "synthetic", "data_dir": "not/here", "missing": "fail", "validation": 150, "threads": 999}
-    (run_dir / "config.yaml").write_text(build(settings).to_yaml())
+    (run_dir / "config.yaml").write_text(build_config(settings).to_yaml())
     monkeypatch.setenv("MNIST_DIST_DATA_DIR", str(data_dir))
     figures = strict(printed(["evaluate", str(run_dir), "--json"], capsys))
     assert (figures["split"], figures["count"]) == ("validation", 150)
@@ -285,13 +290,14 @@ def test_the_table_for_people_has_the_same_figures(
     assert rows == [[digit, *row] for digit, row in enumerate(expected.confusion.tolist())]
 
 
-def test_weights_that_are_no_numbers_give_json_all_the_same(
+def test_weights_that_are_no_numbers_are_refused(
     weights: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state = build_model("mlp", seed=0).state_dict()
-    save_file({key: value * float("nan") for key, value in state.items()}, weights)
+    state["0.bias"][3] = float("nan")
+    save_file(state, weights)
     arguments = ["evaluate", str(weights), "dataset=synthetic", f"data_dir={data_dir}", "--json"]
-    assert strict(printed(arguments, capsys))["loss"] is None
+    assert f"{weights} holds weights that are not finite, so there is nothing to evaluate" in refusal(arguments, capsys)
 
 
 def test_somebody_elses_config_yaml_near_a_bare_file_is_not_read(
@@ -308,7 +314,13 @@ def test_somebody_elses_config_yaml_near_a_bare_file_is_not_read(
 
 def test_options_may_stand_before_between_and_after(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, override = str(run_dir), "validation=20"
-    for arguments in (["--json", path, override], [path, override, "--json"], [path, "--json", override]):
+    for arguments in (
+        ["--json", path, override],
+        [path, override, "--json"],
+        [path, "--json", override],
+        [override, "--json", path],
+        ["--validation", "20", path, "--json"],
+    ):
         assert strict(printed(["evaluate", *arguments], capsys))["count"] == 20, arguments
 
 
@@ -320,7 +332,8 @@ def test_fetch_brings_a_dataset_once_and_says_where_it_is(
     assert first == "drawing 70,000 digits, once\nsynthetic is in here/synthetic.safetensors\n"
     assert len(load_dataset("synthetic", Path("here")).train.labels) == 60
     monkeypatch.setenv("MNIST_DIST_DATA_DIR", "here")
-    assert printed(["fetch", "dataset=synthetic"], capsys) == "synthetic is in here/synthetic.safetensors\n"
+    for words in (["dataset=synthetic"], ["synthetic"], ["--dataset", "synthetic"], ["data_dir=here", "synthetic"]):
+        assert printed(["fetch", *words], capsys) == "synthetic is in here/synthetic.safetensors\n"
 
 
 def test_fetch_looks_at_what_is_there(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -396,3 +409,26 @@ def test_a_path_that_is_no_text_is_no_crash(weights: Path, data_dir: Path) -> No
     result = run_main(*arguments, stdout=subprocess.PIPE, cwd=path.parent, PYTHONIOENCODING="utf-8:strict")
     assert b"Traceback" not in result.stderr
     assert result.returncode in (0, 2)  # answered or refused
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["-m", "mnist_dist.cli", "train"], "mnist_dist.cli"),
+        (["-m", "mnist_dist.commands.train"], "mnist_dist.commands.train"),
+        ([str(REPOSITORY / "mnist_dist/cli.py")], str(REPOSITORY / "mnist_dist/cli.py")),
+    ],
+)
+def test_a_module_that_is_no_program_says_so(command: list[str], name: str, tmp_path: Path) -> None:
+    environment = clean_environment(PYTHONPATH=str(REPOSITORY))
+    result = subprocess.run([sys.executable, *command], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"mnist-dist: {name} is no program; use python -m mnist_dist VERB, or train.py\n"
+
+
+def test_the_package_is_a_program(tmp_path: Path) -> None:
+    environment = clean_environment(PYTHONPATH=str(REPOSITORY))
+    command = [sys.executable, "-m", "mnist_dist", "--version"]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("mnist-dist ")

@@ -113,3 +113,11 @@ def test_building_leaves_the_global_random_state_alone(name: str) -> None:
     before = torch.get_rng_state()
     build_model(name, seed=5)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", IDS)
+@pytest.mark.parametrize("shape", [(1, 3, 28, 28), (2, 56, 56), (28, 28), (4, 784), (3, 1, 28, 14)])
+def test_what_is_no_batch_of_images_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    """A view would take three colours for three images, and one large image for four small ones."""
+    with pytest.raises(ValueError, match=r"neither \[batch, 28, 28\] nor"):
+        build_model(name, seed=0)(torch.zeros(shape))

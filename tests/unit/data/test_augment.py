@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mnist_dist.config.schema import Config
 from mnist_dist.data.augment import SIDE, WARP_SIDE, Augmentation
-from mnist_dist.data.dataset import Shares
+from mnist_dist.data.sampler import GlobalBatchSampler
 
 CPU = torch.device("cpu")
 ALL = {"shift": 3, "rotate": 20, "scale": 0.2, "elastic": 1.5}
@@ -158,24 +158,32 @@ def test_values_stay_between_those_of_the_image_and_zero(images: Tensor, seed: i
     assert not torch.allclose(warped, images)
 
 
-@pytest.mark.parametrize("world_size", [2, 4, 8])
-@pytest.mark.parametrize("num_images", [16, 21])  # full batches, and a last one of 5 images that 8 ranks fill up
-def test_each_image_meets_the_same_warp_at_any_world_size(world_size: int, num_images: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_shards", [8, None])  # None: one a rank
+@pytest.mark.parametrize("num_images", [16, 21])  # full batches, and a last one of 5 images that 8 shards fill up
+def test_each_image_meets_the_same_warp_at_any_world_size(
+    world_size: int, num_shards: int | None, num_images: int
+) -> None:
     images = torch.rand(num_images, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     everything, epoch = augmentation(**ALL), 1
-    alone = Shares(num_images, 8, 0, 0, 1, CPU)
-    for step in range(alone.steps_per_epoch):
-        rows = alone.cut(alone.order(epoch), step).rows
-        drawn, knots = everything.draw(epoch, step, len(rows))
-        expected = everything.warp(images[rows], drawn, knots)
-        seen = torch.zeros(len(rows), dtype=torch.bool)
+
+    def sampler(rank: int, world_size: int, num_shards: int) -> GlobalBatchSampler:
+        place = {"rank": rank, "world_size": world_size, "num_shards": num_shards}
+        return GlobalBatchSampler(num_images, 8, total_steps=100, seed=0, **place, device=CPU)
+
+    alone = sampler(0, 1, 1)
+    for step in range(epoch * alone.steps_per_epoch, (epoch + 1) * alone.steps_per_epoch):
+        whole = alone.batch(step)
+        assert whole.epoch == epoch
+        drawn, knots = everything.draw(epoch, whole.step_in_epoch, whole.num_images)
+        expected = everything.warp(images[whole.indices[0]], drawn, knots)
+        seen = torch.zeros(whole.num_images, dtype=torch.bool)
         for rank in range(world_size):
-            shares = Shares(num_images, 8, 0, rank, world_size, CPU)
-            share = shares.cut(shares.order(epoch), step)
-            mine = share.positions < share.num_images
-            drawn, knots = augmentation(**ALL).draw(epoch, step, share.num_images)  # each rank draws them all
-            places = share.positions[mine]
-            warped = everything.warp(images[share.rows[mine]], drawn[places], knots[places])
+            batch = sampler(rank, world_size, num_shards or world_size).batch(step)
+            mine = batch.positions < batch.num_images
+            drawn, knots = augmentation(**ALL).draw(epoch, batch.step_in_epoch, batch.num_images)  # all of them
+            places = batch.positions[mine]
+            warped = everything.warp(images[batch.indices[mine]], drawn[places], knots[places])
             torch.testing.assert_close(warped, expected[places], rtol=0, atol=1e-5)
             seen[places] = True
         assert seen.all()

@@ -29,7 +29,7 @@ from mnist_dist.config.schema import Config
 from mnist_dist.data import download as module
 from mnist_dist.data.dataset import load_dataset
 from mnist_dist.data.download import dataset_file, fetch, write_dataset
-from mnist_dist.errors import RequestError, RunError
+from mnist_dist.errors import DownloadError, RequestError, StorageError
 from tests.conftest import become, skip, start_verb, wait_for, wait_ranks
 from tests.disks import can_mount, read_only, resize, small_disk
 
@@ -187,7 +187,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def check_whole(data_dir: Path, dataset: str = "mnist") -> None:
     """The dataset is there, each pixel and label of it, and nothing half-done lies about."""
     found = load_dataset(dataset, data_dir)
-    for split, (images, labels) in ((found.train, TRAIN), (found.held_out, TEST)):
+    for split, (images, labels) in ((found.train, TRAIN), (found.eval_split, TEST)):
         assert split.images.dtype == torch.uint8
         assert split.labels.dtype == torch.int64
         assert torch.equal(split.images, images)
@@ -274,7 +274,7 @@ def test_a_damaged_archive_is_refused_by_name(damage: str, name: str, tmp_path: 
         pretend("mnist", ["http://none.invalid/"], patch.setattr)
         path = fill_raw(tmp_path) / name
         path.write_bytes(DAMAGES[damage](MNIST[name]))
-        with pytest.raises(RequestError) as refused:
+        with pytest.raises(DownloadError) as refused:
             fetch("mnist", tmp_path, missing="fail", say=pytest.fail)
     sentence = str(refused.value)
     assert sentence.startswith(f"{path} is damaged (its md5 sum is not {hashlib.md5(MNIST[name]).hexdigest()})")
@@ -313,7 +313,7 @@ def test_a_server_that_fails_stalls_and_breaks_off_is_asked_until_it_works(mirro
 def test_a_server_that_never_works_is_one_sentence(misdeed: str, mirror: Mirror, tmp_path: Path) -> None:
     mirror.misdeeds.extend([misdeed] * 100)
     said: list[str] = []
-    with pytest.raises(RequestError) as refused:
+    with pytest.raises(DownloadError) as refused:
         fetch("mnist", tmp_path, say=said.append, stall_s=0.1)
     assert len(said) == len(mirror.served) == 2 * module.NUM_ROUNDS
     sentence = str(refused.value)
@@ -329,7 +329,7 @@ def test_a_server_that_never_works_is_one_sentence(misdeed: str, mirror: Mirror,
     ["http://127.0.0.1:1", "http://no-such-host.invalid/", "http://a b/", "http://host:port/", "gopher://x/", "://"],
 )
 def test_an_address_that_is_none_is_one_sentence(address: str, mirror: Mirror, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="could not be fetched"):
+    with pytest.raises(DownloadError, match="could not be fetched"):
         fetch("mnist", tmp_path, mirror=address, say=lambda _: None, stall_s=0.5)
     assert mirror.served == []
     check_tidy(tmp_path)
@@ -365,7 +365,7 @@ def test_missing_fail_opens_no_socket(lost: str, mirror: Mirror, tmp_path: Path,
     for name in NAMES if lost == "all" else NAMES[3:]:
         (raw / name).unlink()
     first = raw / (NAMES[0] if lost == "all" else NAMES[3])
-    with pytest.raises(RequestError, match="missing=fail forbids the network") as refused:
+    with pytest.raises(DownloadError, match="missing=fail forbids the network") as refused:
         fetch("mnist", tmp_path, missing="fail", mirror=mirror.address, say=pytest.fail)
     assert str(refused.value).startswith(f"there is no {first}")
 
@@ -476,7 +476,7 @@ def test_a_full_disk_is_one_sentence_however_far_it_gets(mirror: Mirror, tmp_pat
             try:
                 fetch("mnist", data_dir, missing="synthetic", say=lambda _: None)  # no reason to draw digits either
                 break
-            except RunError as error:
+            except StorageError as error:
                 problem = str(error)
             assert problem == f"data_dir={data_dir} has no room for mnist: No space left on device"
             assert not dataset_file("mnist", data_dir).exists()
@@ -551,7 +551,7 @@ def test_the_real_mnist_is_that_of_torchvision(raw_mnist: Path, mnist_dir: Path,
         True: (60_000, [5, 0, 4, 1, 9, 2, 1, 3, 1, 4], [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]),
         False: (10_000, [7, 2, 1, 0, 4, 1, 4, 9, 5, 9], [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]),
     }
-    for train, split in ((True, ours.train), (False, ours.held_out)):
+    for train, split in ((True, ours.train), (False, ours.eval_split)):
         theirs = datasets.MNIST(str(tmp_path), train=train, download=True)  # unpacks only
         count, first_labels, counts = expected[train]
         assert split.images.shape == (count, 28, 28)

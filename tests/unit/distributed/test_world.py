@@ -1,104 +1,47 @@
-"""Threads from cores, and a world of one rank, in which every collective is the identity."""
+"""What the ranks tell each other: a world of one, in which every collective is the identity, and one of several."""
 
-import os
-import subprocess
-import sys
+import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from mnist_dist.cli import main
-from mnist_dist.distributed import device as module
-from mnist_dist.distributed.device import cpu_has_fast_bf16, usable_cores
-from mnist_dist.distributed.world import Member, World, choose_threads
-from mnist_dist.errors import RequestError, RunError
-
-
-def member(cores: range | tuple[int, ...], host: str = "a") -> Member:
-    return Member(host, tuple(cores), False, "cpu")
-
-
-@pytest.mark.parametrize(
-    ("members", "threads"),
-    [
-        ([member(range(8))], [8]),
-        ([member(range(8))] * 2, [4, 4]),  # one machine, shared
-        ([member(range(8))] * 3, [2, 2, 2]),
-        ([member(range(2))] * 4, [1, 1, 1, 1]),  # more ranks than cores
-        ([member(range(8)), member(range(8), "b")], [8, 8]),  # the same numbers on another machine are other cores
-        ([member(range(4)), member(range(4, 8))], [4, 4]),  # srun gave each rank its own
-        ([member(range(4)), member(range(8))], [2, 4]),  # partly shared
-        ([member(range(8)), member(range(4)), member(range(4, 8))], [2, 2, 2]),
-    ],
+from mnist_dist.distributed.watchdog import Phase
+from mnist_dist.distributed.world import Member, World
+from mnist_dist.errors import (
+    DownloadError,
+    JobError,
+    NotFiniteError,
+    ReplicaError,
+    RequestError,
+    RunError,
+    StoppedEarlyError,
+    StorageError,
 )
-def test_threads_are_the_cores_divided_by_the_ranks_that_share_them(members: list[Member], threads: list[int]) -> None:
-    assert [choose_threads(members, rank) for rank in range(len(members))] == threads
+from tests.conftest import FORKS
+
+HOSTS = ["a", "b", "c"]
 
 
-@pytest.mark.parametrize(
-    ("vendor", "flags", "fast"),
-    [
-        ("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", True),
-        ("GenuineIntel", "avx512f avx512_bf16", False),
-        ("AuthenticAMD", "avx512f avx512_bf16", True),
-        ("AuthenticAMD", "avx2", False),
-    ],
-)
-def test_bf16_is_chosen_for_processors_that_are_faster_with_it(
-    tmp_path: Path, vendor: str, flags: str, fast: bool
-) -> None:
-    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n")
-    assert cpu_has_fast_bf16(tmp_path / "cpuinfo") is fast
-    assert cpu_has_fast_bf16(tmp_path / "no such file") is False
-
-
-@pytest.mark.parametrize(
-    ("quota", "cores"),
-    [
-        ("max 100000\n", (1, 3, 5, 7)),
-        ("200000 100000\n", (1, 3)),
-        ("250000 100000\n", (1, 3)),
-        ("50000 100000\n", (1,)),  # half a core is still one thread
-        ("6400000 100000\n", (1, 3, 5, 7)),  # more than there are
-        ("", (1, 3, 5, 7)),
-        ("nonsense\n", (1, 3, 5, 7)),
-        (None, (1, 3, 5, 7)),  # no such file
-    ],
-)
-def test_usable_cores_are_the_affinity_within_the_containers_quota(
-    quota: str | None, cores: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cpu_max = tmp_path / "cpu.max"
-    if quota is not None:
-        cpu_max.write_text(quota)
-    monkeypatch.setattr(module, "Path", lambda path: cpu_max if path == "/sys/fs/cgroup/cpu.max" else Path(path))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7, 5, 3, 1}, raising=False)
-    assert usable_cores() == cores
-
-
-def test_usable_cores_are_all_where_the_system_has_no_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "Path", lambda _: tmp_path / "missing")
-    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    assert usable_cores() == (0, 1, 2)
-
-
-def test_this_process_may_use_some_core() -> None:
-    assert set(usable_cores()) <= os.sched_getaffinity(0)
-    assert usable_cores()
+def world_of(rank: int, size: int) -> World:
+    """A world without an Accelerator."""
+    accelerator = SimpleNamespace(process_index=rank, num_processes=size, device=torch.device("cpu"))
+    members = [Member(host, (0, 1), False, "cpu", "x") for host in HOSTS[:size]]
+    return World(accelerator, members, "fp32", [], watchdog=None)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def alone() -> World:
-    """A world of one rank, without an Accelerator."""
-    accelerator = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
-    return World(accelerator, [member(range(2))], "no", [], watch=None)  # type: ignore[arg-type]
+    return world_of(0, 1)
 
 
 def test_one_rank_is_the_main_one(alone: World) -> None:
     assert (alone.rank, alone.size, alone.is_main, alone.device.type) == (0, 1, True, "cpu")
+    assert alone.name(0) == "rank 0 on a"
 
 
 def test_one_rank_hears_itself(alone: World) -> None:
@@ -106,56 +49,129 @@ def test_one_rank_hears_itself(alone: World) -> None:
     assert alone.broadcast(value) is value
     assert alone.gather(value) == [value]
     assert alone.gather(None) == [None]
-    assert alone.together(lambda: value) is value
-    assert alone.together(lambda: None) is None
+    with alone.shared_errors():
+        pass
+
+
+def test_one_rank_needs_no_watchdog(alone: World) -> None:
+    with alone as world:
+        assert world is alone
+        world.at(Phase.COMPUTING, 3)
+    with pytest.raises(ZeroDivisionError), alone:
+        _ = 1 // 0
 
 
 @pytest.mark.parametrize(
     ("problem", "expected", "sentence"),
     [
         (RequestError("lr is wrong"), RequestError, "lr is wrong"),
-        (RunError("the disk is full"), RunError, "the disk is full"),
-        (OSError(28, "No space left on device", "runs/x/DONE"), RunError, "runs/x/DONE: No space left on device"),
-        (OSError(5, "Input/output error"), RunError, "the run directory: Input/output error"),
-        (OSError("odd"), RunError, "the run directory: odd"),
+        (RunError("it cannot go on"), RunError, "it cannot go on"),
+        (NotFiniteError("the loss is nan"), NotFiniteError, "the loss is nan"),
+        (OSError(28, "No space left on device", "runs/x/DONE"), StorageError, "runs/x/DONE: No space left on device"),
+        (OSError(5, "Input/output error"), StorageError, "the run directory: Input/output error"),
+        (OSError("odd"), StorageError, "the run directory: odd"),
     ],
 )
-def test_what_fails_together_is_one_sentence(
-    alone: World, problem: Exception, expected: type[Exception], sentence: str
-) -> None:
-    def work() -> None:
+def test_what_fails_is_one_sentence(alone: World, problem: Exception, expected: type[Exception], sentence: str) -> None:
+    with pytest.raises(JobError) as raised, alone.shared_errors():
         raise problem
-
-    with pytest.raises(expected) as raised:
-        alone.together(work)
+    assert type(raised.value) is expected
     assert str(raised.value) == sentence
+    assert raised.value.on_every_rank
 
 
 def test_a_bug_keeps_its_traceback(alone: World) -> None:
-    with pytest.raises(ZeroDivisionError):
-        alone.together(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError), alone.shared_errors():
+        _ = 1 // 0
 
 
-def test_all_threads_take_denormal_numbers_for_zero() -> None:
-    program = """
-import torch
-from mnist_dist.distributed.device import tune_cpu
-tune_cpu()
-torch.set_num_threads(2)
-products = torch.full((4_000_000,), 1e-30) * 1e-10
-print(products.count_nonzero().item())
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.stdout == "0\n", result.stderr
+@pytest.mark.parametrize(
+    ("error", "exit_code", "cause"),
+    [
+        (JobError, 1, "error"),
+        (StoppedEarlyError, 3, "error"),
+        (RequestError, 2, "request"),
+        (DownloadError, 2, "request"),
+        (RunError, 1, "error"),
+        (StorageError, 1, "storage"),
+        (NotFiniteError, 1, "not_finite"),
+        (ReplicaError, 1, "replicas_differ"),
+    ],
+)
+def test_each_error_knows_its_exit_code_and_cause(error: type[JobError], exit_code: int, cause: str) -> None:
+    raised = error("a sentence")
+    assert (str(raised), raised.exit_code, raised.cause) == ("a sentence", exit_code, cause)
+    assert not raised.on_every_rank
 
 
-def test_a_rank_that_is_refused_alone_has_failed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("mnist_dist.commands.train.fetch", lambda *_, **__: "synthetic")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    assert main(["train"]) == 1  # not 2, which a launcher is not told of
-    assert "rank 1 of this machine needs a GPU of its own but the process sees 1" in capsys.readouterr().err
+# --- several ranks ---
+
+
+def fail(*, of: dict[int, Exception], rank: int) -> None:
+    """Raise what is meant for this rank."""
+    if rank in of:
+        raise of[rank]
+
+
+FULL = OSError(28, "No space left on device", "runs/x/DONE")
+# What is raised on which ranks; and what all of them raise then: its type and sentence.
+SHARED: dict[str, tuple[dict[int, Exception], list[object] | None]] = {
+    "nothing": ({}, None),
+    "rank 0": ({0: RunError("the first")}, ["RunError", "the first"]),
+    "rank 1": ({1: RequestError("lr is wrong")}, ["RequestError", "rank 1 on b: lr is wrong"]),
+    "two of them": ({2: RunError("third"), 1: RequestError("second")}, ["RequestError", "rank 1 on b: second"]),
+    "a file": ({2: FULL}, ["StorageError", "rank 2 on c: runs/x/DONE: No space left on device"]),
+    "said by all": (
+        {rank: NotFiniteError("the loss is nan", on_every_rank=True) for rank in range(3)},
+        ["NotFiniteError", "the loss is nan"],
+    ),
+    "known to all": ({1: RequestError("so it is", on_every_rank=True)}, ["RequestError", "so it is"]),
+    "nothing again": ({}, None),
+}
+
+
+def _be_a_rank(work: Callable[[World], object], rank: int, size: int, folder: Path) -> None:
+    """In another process: join the group, and leave what `work` returns in a file."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size)
+    (folder / f"rank-{rank}.json").write_text(json.dumps(work(world_of(rank, size))))
+    dist.destroy_process_group()
+
+
+def on_all_ranks(work: Callable[[World], object], size: int, folder: Path) -> list[object]:
+    """Run `work`, a function of a module, on ranks in processes of their own; returns what it returned on each."""
+    ranks = [FORKS.Process(target=_be_a_rank, args=(work, rank, size, folder)) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0] * size
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
+
+
+def _share_errors(world: World) -> object:
+    outcomes: dict[str, object] = {}
+    for name, (errors, _) in SHARED.items():
+        outcomes[name] = None
+        try:
+            with world.shared_errors():
+                fail(of=errors, rank=world.rank)
+        except JobError as error:
+            outcomes[name] = [type(error).__name__, str(error), error.on_every_rank]
+    return outcomes
+
+
+def test_the_first_ranks_error_is_raised_on_every_rank(tmp_path: Path) -> None:
+    expected = {name: outcome and [*outcome, True] for name, (_, outcome) in SHARED.items()}
+    assert on_all_ranks(_share_errors, 3, tmp_path) == [expected] * 3
+
+
+def _tell(text: str, world: World) -> object:
+    told = world.broadcast(f"{text} of rank {world.rank}")
+    return [told, world.gather([world.rank, text]), world.is_main]
+
+
+def test_ranks_hear_each_other(tmp_path: Path) -> None:
+    told = on_all_ranks(functools.partial(_tell, "word"), 2, tmp_path)
+    heard = [[0, "word"], [1, "word"]]
+    assert told == [["word of rank 0", heard, True], ["word of rank 0", heard, False]]

@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mnist_dist.errors import RequestError, RunError
+from mnist_dist.errors import RequestError, StorageError
 from mnist_dist.run import checkpoint
-from mnist_dist.run.checkpoint import MANIFEST, MODEL, TRAINING, Checkpoint, DamagedError, parse_training, parse_weights
+from mnist_dist.run.checkpoint import MANIFEST, MODEL, TRAINING, Checkpoint, DamagedError, parse_training
+from mnist_dist.run.weights import parse_weights, read_about
 
 FILES = [MODEL, TRAINING, MANIFEST]
 OLD, NEW = "step-00000016", "step-00000032"
@@ -90,7 +91,8 @@ def test_what_is_saved_is_read_again(folder: Path) -> None:
     found = checkpoint.newest(folder, pytest.fail)
     assert found
     assert (found.path, found.step) == (path, 16)
-    for mine, read in ((weights(16), found.weights()), (weights(16), parse_training(found.training, path)["network"])):
+    mine = weights(16)
+    for read in (parse_weights(found.model, path / MODEL), parse_training(found.training, path)["network"]):
         assert mine.keys() == read.keys()
         assert all(torch.equal(mine[key], read[key]) for key in mine)
     manifest = json.loads((path / MANIFEST).read_text())
@@ -99,6 +101,20 @@ def test_what_is_saved_is_read_again(folder: Path) -> None:
     for name in (MODEL, TRAINING):
         data = (path / name).read_bytes()
         assert manifest["files"][name] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_a_file_of_weights_says_what_it_was_trained_on(folder: Path) -> None:
+    about = {"model": "mlp", "dataset": "mnist", "step": 16}
+    path = checkpoint.save(folder, 16, weights(16), training(16), keep=2, about=about)
+    assert read_about(path / MODEL) == about
+    assert read_about(save(folder, 32) / MODEL) == {}
+
+
+def test_the_same_weights_are_the_same_file(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    about = {"model": "mlp", "dataset": "mnist", "step": 16}
+    paths = [checkpoint.save(f, 16, weights(16), training(16), 2, about) for f in (folder, tmp_path / "other/c")]
+    assert (paths[0] / MODEL).read_bytes() == (paths[1] / MODEL).read_bytes()
 
 
 def test_an_empty_or_missing_folder_has_none(folder: Path) -> None:
@@ -240,7 +256,9 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_training(tmp_path: Pa
     checkpoint.check_writable(tmp_path / "run/checkpoints")
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="file/checkpoints cannot be written: Not a directory; choose another run_dir"):
+    with pytest.raises(
+        StorageError, match="file/checkpoints cannot be written: Not a directory; choose another run_dir"
+    ):
         checkpoint.check_writable(tmp_path / "file/checkpoints")
 
 
@@ -531,6 +549,14 @@ def test_a_file_far_too_large_is_not_read(two: Path, monkeypatch: pytest.MonkeyP
 def test_a_checkpoint_or_a_run_can_be_named(two: Path) -> None:
     assert checkpoint.find(two / OLD, pytest.fail).step == 16
     assert checkpoint.find(two.parent, pytest.fail).step == 32
+    assert checkpoint.find(two, pytest.fail).step == 32
+
+
+def test_a_named_checkpoint_may_be_called_otherwise_by_now(two: Path) -> None:
+    (two / OLD).rename(two.parent / "best")
+    assert checkpoint.find(two.parent / "best", pytest.fail).step == 16
+    with pytest.raises(DamagedError, match="another step"):  # a run's own must have its step's name
+        checkpoint.read(two.parent / "best")
 
 
 def test_what_a_user_names_is_never_changed(two: Path) -> None:
@@ -677,12 +703,12 @@ def safetensors(header: object, body: bytes = bytes(48)) -> bytes:
     ids=lambda data: repr(data[:24]),
 )
 def test_weights_that_are_no_safetensors_are_one_sentence(data: bytes, two: Path) -> None:
-    with pytest.raises(RequestError, match=f"{MODEL} is not a safetensors file: ") as refused:
+    with pytest.raises(RequestError, match=f"{MODEL} is not a safetensors file of weights: ") as refused:
         parse_weights(data, Path(MODEL))
     assert "\n" not in str(refused.value)
     forge(two / NEW, model=data)
     found = checkpoint.newest(two, pytest.fail)
     assert found
     assert found == Checkpoint(two / NEW, 32, data, found.training)
-    with pytest.raises(RequestError, match=f"^{two / NEW / MODEL} is not a safetensors file: "):
-        found.weights()
+    with pytest.raises(RequestError, match=f"^{two / NEW / MODEL} is not a safetensors file of weights: "):
+        parse_weights(found.model, found.path / MODEL)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mnist_dist.data.dataset import Split
 from mnist_dist.models import build_model
 from mnist_dist.training import evaluation as module
-from mnist_dist.training.evaluation import Evaluation, evaluate, load_weights
+from mnist_dist.training.evaluation import Evaluation, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -109,33 +109,3 @@ def test_the_interval_lies_between_zero_and_one_and_holds_the_accuracy() -> None
             low, high = result.interval()
             assert 0 <= low <= high <= 1, (correct, count)
             assert low - 1e-12 <= result.accuracy <= high + 1e-12
-
-
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_weights_that_fit_are_loaded(name: str) -> None:
-    source, target = build_model(name, seed=1), build_model(name, seed=2)
-    assert load_weights(target, source.state_dict()) == ""
-    for key, value in target.state_dict().items():
-        assert torch.equal(value, source.state_dict()[key])
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"fc1.bias": None}, "fc1.bias is missing, not (10,)"),
-        ({"fc1.bias": torch.zeros(11)}, "fc1.bias is (11,), not (10,)"),
-        ({"conv2.weight": torch.zeros(64, 32, 9)}, "conv2.weight is (64, 32, 9), not (64, 32, 3, 3)"),
-        ({"fc2.bias": torch.zeros(3)}, "fc2.bias is (3,), not known"),
-        ({"fc2.bias": torch.zeros(3), "fc1.bias": None}, "fc1.bias is missing, not (10,)"),
-    ],
-)
-def test_weights_that_do_not_fit_are_named_and_change_nothing(change: dict[str, Tensor], sentence: str) -> None:
-    model = build_model("cnn", seed=2)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    weights = {**build_model("cnn", seed=1).state_dict(), **change}
-    assert load_weights(model, {key: value for key, value in weights.items() if value is not None}) == sentence
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_another_networks_weights_do_not_fit() -> None:
-    assert load_weights(build_model("mlp", 0), build_model("cnn", 0).state_dict()) == "0.bias is missing, not (512,)"

@@ -1,0 +1,76 @@
+"""The sum over the ranks: of one flat vector that holds a step's loss and all its gradients.
+
+Two ways to sum, of the same form on gloo and NCCL. The ordinary one is an all-reduce, whose order of adding is the
+library's. The other adds along one fixed binary tree over the shards, neighbours first, so that the result has the same
+bits at any number of ranks: floating-point addition depends on how the terms are grouped, but not on their order in a
+pair. A rank's own shards are a whole subtree. Above that each rank adds its slice of all ranks' vectors along the same
+tree, and the slices are gathered: twice a vector's traffic in all, as in a ring.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.14 gave it another name.
+all_gather_slices = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Exchange:
+    """The flat vectors of this rank's shards, and their sum over all ranks."""
+
+    def __init__(self, parameters: Sequence[Tensor], *, num_shards: int, world_size: int, fixed_tree: bool) -> None:
+        """`num_shards` are this rank's. A lone shard of a lone rank has nothing to be summed with, and no vector."""
+        self.parameters, self.world_size, self.fixed_tree = list(parameters), world_size, fixed_tree
+        self.is_needed = num_shards * world_size > 1
+        if not self.is_needed:
+            return
+        device = self.parameters[0].device
+        used = 1 + sum(p.numel() for p in self.parameters)
+        size = -(-used // world_size) * world_size  # equal slices
+        self.vectors = torch.zeros(num_shards, size, device=device)
+        self.received = torch.zeros(world_size, size // world_size, device=device)
+        self.losses: list[Tensor] = [vector[0] for vector in self.vectors]
+        self.gradients = [self._views(vector) for vector in self.vectors]
+
+    def put(self, shard: int, loss: Tensor) -> Tensor:
+        """Take a shard's loss [] and the parameters' gradients; these are free for the next shard then.
+
+        Returns where the loss is.
+        """
+        if not self.is_needed:
+            return loss
+        gradients: list[Tensor] = [p.grad for p in self.parameters]  # type: ignore[misc]
+        torch._foreach_copy_([self.losses[shard], *self.gradients[shard]], [loss, *gradients])
+        return self.losses[0]
+
+    def sum(self) -> None:
+        """Sum the vectors over all shards; the parameters' gradients are views into the sum then. Collective."""
+        if not self.is_needed:
+            return
+        total = add_along_tree(self.vectors)
+        if self.world_size > 1 and self.fixed_tree:
+            dist.all_to_all_single(self.received.view(-1), total)  # collective
+            all_gather_slices(total, add_along_tree(self.received))  # collective
+        elif self.world_size > 1:
+            dist.all_reduce(total)  # collective
+        for parameter, gradient in zip(self.parameters, self.gradients[0], strict=True):
+            parameter.grad = gradient
+
+    def _views(self, vector: Tensor) -> list[Tensor]:
+        """The parts of a vector behind its loss, each in the shape and strides of its parameter."""
+        views, start = [], 1
+        for parameter in self.parameters:
+            views.append(vector[start : start + parameter.numel()].as_strided(parameter.shape, parameter.stride()))
+            start += parameter.numel()
+        return views
+
+
+def add_along_tree(vectors: Tensor) -> Tensor:
+    """Add vectors [n, size], n a power of two, into the first and return it: neighbours first, then pairs of them."""
+    distance = 1
+    while distance < len(vectors):
+        vectors[:: 2 * distance] += vectors[distance :: 2 * distance]
+        distance *= 2
+    return vectors[0]

@@ -1,0 +1,32 @@
+"""The wheel, installed elsewhere, works from an empty folder."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.conftest import REPOSITORY, clean_environment
+
+
+def test_a_wheel_trains_a_recipe_by_name(tmp_path: Path, data_dir: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    source = tmp_path / "source"  # setuptools builds in the folder of the source
+    subprocess.run(["git", "clone", "--quiet", "--local", str(REPOSITORY), str(source)], check=True)
+    for name in ("mnist_dist", "configs", "pyproject.toml"):  # as they are now, committed or not
+        subprocess.run(["cp", "-r", "--no-target-directory", str(REPOSITORY / name), str(source / name)], check=True)
+    site = tmp_path / "site"
+    install = ["install", "--no-deps", "--no-build-isolation", "--target", str(site), str(source)]
+    subprocess.run([*pip, *install], check=True, capture_output=True, cwd=tmp_path)
+    modules = {path.relative_to(REPOSITORY) for path in (REPOSITORY / "mnist_dist").rglob("*.py")}
+    assert modules == {path.relative_to(site) for path in (site / "mnist_dist").rglob("*.py")}
+
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    command = [sys.executable, "-m", "mnist_dist", "train", "mlp", "dataset=synthetic", f"data_dir={data_dir}"]
+    environment = clean_environment(PYTHONPATH=str(site))
+    result = subprocess.run([*command, "max_steps=3"], cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "mlp (535,818 parameters)" in result.stdout
+    assert (folder / "runs/latest").readlink().name.startswith("mlp-")
+    where = [sys.executable, "-c", "import mnist_dist; print(mnist_dist.__file__)"]
+    imported = subprocess.run(where, cwd=folder, env=environment, capture_output=True, text=True).stdout
+    assert imported.startswith(str(site))
