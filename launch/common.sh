@@ -9,6 +9,15 @@ refuse() {
   exit 2
 }
 
+# Sets arguments, without the verb `train`. The other verbs need no ranks, and are answered here.
+take_verb() { # arguments of the script
+  case ${1:-} in
+    evaluate | fetch) exec "$python" "$train" "$@" ;;
+    train) shift ;;
+  esac
+  arguments=("$@")
+}
+
 # Sets nproc, the ranks of this machine, and num_gpus; and looks at the other variables.
 count_ranks() {
   num_gpus=$("$python" -c 'import torch; print(torch.accelerator.device_count())')
@@ -24,23 +33,21 @@ count_ranks() {
 }
 
 # Refuse a wrong request before a launcher is started: it would wrap one sentence in a traceback. Answer here what
-# asks for no training. Sets arguments and run_dir: a stop and a restart must find the run, so its directory is chosen
-# here, unless it is given.
-check_request() { # world-size, arguments of train.py
+# asks for no training. Sets run_dir, and adds it to the arguments: a stop and a restart must find the run, so its
+# directory is chosen here, unless it is given.
+check_request() { # world-size
   export RANK=0 WORLD_SIZE=$1
-  shift
   local argument checked recipe
-  for argument in "$@"; do
+  for argument in "${arguments[@]}"; do
     case $argument in
-      -h | --help | --dry-run | --check) exec "$python" "$train" "$@" ;;
+      -h | --help | --dry-run | --check) exec "$python" "$train" "${arguments[@]}" ;;
     esac
   done
-  checked=$("$python" "$train" --check "$@") || exit
+  checked=$("$python" "$train" --check "${arguments[@]}") || exit
   unset RANK WORLD_SIZE
   recipe=${checked%%$'\n'*}
   run_dir=${checked#"$recipe"}
   run_dir=${run_dir#$'\n'}
-  arguments=("$@")
   if [ -z "$run_dir" ]; then
     run_dir=runs/$recipe-$(date +%Y%m%d-%H%M%S)-$$
     arguments+=("run_dir=$run_dir")
@@ -59,6 +66,7 @@ launch() { # ranks in all, flags of accelerate launch
   # A launcher takes every exit code but 0 for a failure: the ranks end with 0, and rank 0 leaves its code there.
   MNIST_DIST_EXIT_CODE_FILE=$(mktemp) || refuse "no temporary file can be made; look at TMPDIR"
   export MNIST_DIST_EXIT_CODE_FILE
+  if [ "${NODE_RANK:-0}" = 0 ]; then rm -f "$run_dir/STOP"; fi # an earlier start's, which never got ranks
   set +e
   # It runs in a session of its own: the terminal's Ctrl-C and a scheduler's signals reach only this script, which turns
   # the first into a STOP file, the one way of stopping that every rank hears, and the second into an end at once.

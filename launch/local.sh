@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on this machine: every GPU, or the CPU with all its cores.
 #
-#   launch/local.sh [CONFIG.yaml] [key=value ...]
+#   launch/local.sh [VERB] [RECIPE] [key=value ...]        VERB is train, unless it is given
 #
 # From the environment:
 #   NPROC         ranks to start (default: one per GPU, or 1 without GPUs); NPROC=2 makes two CPU ranks, on gloo
@@ -14,8 +14,9 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/common.sh"
 
+take_verb "$@"
 count_ranks
-check_request "$nproc" "$@"
+check_request "$nproc"
 # One rank needs no launcher, and without one it gets its signals itself.
 if [ "$nproc" = 1 ] && [ "$restarts" = 0 ]; then
   exec "$python" "$train" "$@"

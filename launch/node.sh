@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on several machines without a scheduler: run this on each of them.
 #
-#   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 MASTER_PORT=29511 launch/node.sh [CONFIG.yaml] run_dir=DIR [key=value ...]
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 MASTER_PORT=29511 launch/node.sh [VERB] [RECIPE] run_dir=DIR [key=value ...]
 #
 # From the environment:
 #   NNODES        how many machines; each starts the same number of ranks
@@ -17,6 +17,7 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/common.sh"
 
+take_verb "$@"
 for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT; do
   [ -n "${!name:-}" ] || refuse "$name is not set; each machine needs NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT"
 done
@@ -25,7 +26,8 @@ done
 getent ahosts "$MASTER_ADDR" >/dev/null || refuse "MASTER_ADDR=$MASTER_ADDR cannot be resolved on $(hostname)"
 count_ranks
 world_size=$((NNODES * nproc))
-check_request "$world_size" "$@"
-[ "${#arguments[@]}" = $# ] || refuse "run_dir= is missing; give the same one on each machine"
+num_arguments=${#arguments[@]}
+check_request "$world_size"
+[ "${#arguments[@]}" = "$num_arguments" ] || refuse "run_dir= is missing; give the same one on each machine"
 launch "$world_size" --num_machines "$NNODES" --machine_rank "$NODE_RANK" --num_processes "$world_size" \
   --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" --same_network

@@ -2,7 +2,7 @@
 # Train the same job on 1, 2, 4, ... N nodes, one after the other so that they share nothing, and compare their speed.
 # Call it on the login node, in the project's folder.
 #
-#   slurm/scaling.sh N [--sbatch-option=value ...] [CONFIG.yaml] [key=value ...]
+#   slurm/scaling.sh N [--sbatch-option=value ...] [RECIPE] [key=value ...]
 #   slurm/scaling.sh 8 --gpus-per-node=8 configs/cnn.yaml batch_size=4096
 #
 # The global batch stays the same, so it must be a multiple of the ranks of N nodes. The jobs are slurm/train.sh, so
@@ -22,7 +22,10 @@ for argument in "${@:2}"; do
     -*) options+=("$argument") ;;
     run_dir=*) refuse "run_dir= is not for a scaling run, whose runs get a folder each" ;;
     *=* | *.yaml | *.yml) arguments+=("$argument") ;;
-    *) refuse "'$argument' is no --sbatch-option=value, no CONFIG.yaml and no key=value" ;;
+    *)
+      [ -f "$root/configs/$argument.yaml" ] || refuse "'$argument' is no --sbatch-option=value, no RECIPE and no key=value"
+      arguments+=("$argument")
+      ;;
   esac
 done
 

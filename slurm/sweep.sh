@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Train several configurations or seeds as one job array. Call it on the login node, in the project's folder.
 #
-#   slurm/sweep.sh [--sbatch-option=value ...] [CONFIG.yaml ...] [key=value ...] [key=value,value,... ...]
+#   slurm/sweep.sh [--sbatch-option=value ...] [RECIPE ...] [key=value ...] [key=value,value,... ...]
 #   slurm/sweep.sh --gpus-per-node=1 configs/mlp.yaml configs/cnn.yaml seed=0,1,2,3      eight runs
 #
-# A key with commas takes each of its values in turn, and so do several CONFIG.yaml: the runs are all combinations.
+# A key with commas takes each of its values in turn, and so do several RECIPEs: the runs are all combinations.
 # The array's jobs are slurm/train.sh, so each comes back by itself. The last to end leaves the whole table in the
 # sweep's folder; python slurm/table.py FOLDER shows it at any time. DRY_RUN=1 only prints what would be submitted.
 set -euo pipefail
@@ -34,7 +34,10 @@ for argument in "$@"; do
     run_dir=*) refuse "run_dir= is not for a sweep, whose runs get a folder each" ;;
     *=*) pairs+=("$argument") ;;
     *.yaml | *.yml) configs+=("$argument") ;;
-    *) refuse "'$argument' is no --sbatch-option=value, no CONFIG.yaml and no key=value" ;;
+    *)
+      [ -f "$root/configs/$argument.yaml" ] || refuse "'$argument' is no --sbatch-option=value, no RECIPE and no key=value"
+      configs+=("$argument")
+      ;;
   esac
 done
 [ "${#configs[@]}" = 0 ] || combine "${configs[@]}"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train under SLURM, on one node or many. The job comes back by itself after a preemption, a time limit or a lost node.
 #
-#   sbatch [--nodes=N] [--gpus-per-node=N | --ntasks-per-node=N] slurm/train.sh [CONFIG.yaml] [key=value ...]
-#   DRY_RUN=1 bash slurm/train.sh [CONFIG.yaml] [key=value ...]     only prints the commands; needs no SLURM
+#   sbatch [--nodes=N] [--gpus-per-node=N | --ntasks-per-node=N] slurm/train.sh [VERB] [RECIPE] [key=value ...]
+#   DRY_RUN=1 bash slurm/train.sh [VERB] [RECIPE] [key=value ...]   only prints the commands; needs no SLURM
 #
 # One rank per GPU, or one CPU rank per task where there are no GPUs. Submit it from the project's folder.
 # The compute nodes use no network for data (missing=fail, unless missing= is given): run `mnist-dist fetch` before.
@@ -49,16 +49,21 @@ if [ -n "${SWEEP_LIST:-}" ]; then
   [ -n "$line" ] || refuse "there is no line $((${SLURM_ARRAY_TASK_ID:-0} + 1)) in SWEEP_LIST=$SWEEP_LIST; the array is larger than the sweep"
   eval "set -- $line"
 fi
+verb=train
+case ${1:-} in
+  train) shift ;;
+  evaluate | fetch) verb=$1 ;; # which need no ranks
+esac
 run_dir=""
 for argument in "$@"; do
   [[ $argument != run_dir=* ]] || run_dir=${argument#*=}
 done
 arguments=("$@")
-if [ -z "$run_dir" ]; then # the same after a requeue
+if [ -z "$run_dir" ] && [ "$verb" = train ]; then # the same after a requeue
   run_dir=runs/${SLURM_JOB_NAME:-mnist-dist}-$job
   arguments+=("run_dir=$run_dir")
 fi
-[[ " $*" == *" missing="* ]] || arguments+=(missing=fail)
+[[ " $*" == *" missing="* || $verb == fetch ]] || arguments+=(missing=fail)
 
 # --- what SLURM gave: nodes, ranks per node, where they meet
 read -ra srun_options <<<"${SRUN_OPTIONS:-}"
@@ -116,6 +121,10 @@ step=(srun --nodes="$nodes" "${step[@]}" --distribution=block --export=ALL "${sr
 once=("${container[@]}")
 if [ -n "${SRUN_OPTIONS:-}" ]; then
   once=(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --export=ALL "${srun_options[@]}" "${container[@]}")
+fi
+if [ "$verb" != train ]; then
+  "${once[@]}" "$PYTHON" "$root/train.py" "${arguments[@]}"
+  exit
 fi
 request=("${once[@]}" env RANK=0 WORLD_SIZE="$world_size" "$PYTHON" "$root/train.py" --check "${arguments[@]}")
 say "job $job, restart $restarts, on ${SLURM_JOB_NODELIST:-$(hostname)}; ranks: $world_size, $NPROC on each node; they meet at $MASTER_ADDR:$MASTER_PORT; run_dir=$run_dir"
@@ -179,12 +188,13 @@ case $last in
     finish 0 "finished"
     ;;
   '{"event": "stop"'*) cause="it was asked to stop" ;;
-  '{"event": "failed"'*"does not answer"* | '{"event": "failed"'*"lost touch"*) cause="a rank was lost" ;;
+  '{"event": "failed"'*'"cause": "rank_lost"'*) cause="a rank was lost" ;;
   '{"event": "failed"'*) code=1 ;; # srun may say 143, from ending a rank that was about to leave
   *)
     if [ "$code" = 0 ] && [ -e "$run_dir/DONE" ]; then finish 0 "finished before; there was nothing to do"; fi
     # It broke off without a word. A launcher ends with 1 where rank 0, which writes them, was killed.
-    if [ "$code" = 137 ]; then cause="a rank was killed"; fi
+    if [ "$code" = 137 ] || [ "$code" = 134 ]; then cause="a rank was killed"; fi # 134: by an abort of its own, as NCCL's
+    if [ "$code" = 3 ]; then cause="it was asked to stop"; fi # as its ranks were starting
     if [ "$launcher$code" = accelerate1 ] && [ -n "$last" ] && [ "$world_size" -gt 1 ]; then cause="a rank was killed"; fi
     if [ "$code" = 0 ]; then cause="srun left its ranks"; fi # it does so where a node is lost
     if [ "$code" = 138 ] || [ -n "$stopping" ]; then cause="it was asked to stop"; fi # 138: by SIGUSR1 as they started
