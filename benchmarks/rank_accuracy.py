@@ -1,6 +1,6 @@
 """Trains a recipe with one rank and with several, and compares curve and accuracy.
 
-python -m benchmarks.world_sizes configs/cnn.yaml [--ranks 1 2] [--json FILE] [key=value ...]
+python -m benchmarks.rank_accuracy configs/cnn.yaml [--ranks 1 2] [--json FILE] [key=value ...]
 """
 
 import argparse

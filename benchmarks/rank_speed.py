@@ -1,6 +1,6 @@
 """Training images/s of two ranks with one thread each beside one rank with two threads, at the same global batch.
 
-    python -m benchmarks.ranks [--rounds 3] [--json FILE] [CASE ...]        a CASE is MODEL:BATCH
+    python -m benchmarks.rank_speed [--rounds 3] [--json FILE] [CASE ...]        a CASE is MODEL:BATCH
 
 Each round trains every case both ways for some seconds, in turn; the ratio is that of the medians.
 """
