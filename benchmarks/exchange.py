@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.common import processor, write
 from mnist_dist.models import build_model, num_parameters
-from mnist_dist.training.exchange import add_along_tree, all_gather_slices
+from mnist_dist.training.exchange import add_along_tree, add_over_ranks
 
 REPEATS = 20
 
@@ -43,30 +43,12 @@ def slices(vector: Tensor, received: Tensor) -> None:
 
 
 def halving(vector: Tensor, received: Tensor) -> None:
-    """Recursive halving, neighbours first, then doubling back."""
-    rank, part, distance = dist.get_rank(), vector, 1
-    parts = []
-    while distance < dist.get_world_size():
-        half = len(part) // 2
-        low, high = part[:half], part[half:]
-        mine, theirs = (high, low) if rank & distance else (low, high)
-        inbox = received.view(-1)[:half]
-        swap(theirs, inbox, rank ^ distance)
-        mine += inbox
-        parts.append((mine, theirs))
-        part, distance = mine, distance * 2
-    for mine, theirs in reversed(parts):
-        distance //= 2
-        swap(mine, theirs, rank ^ distance)
+    """Recursive halving, neighbours first, then doubling back: what the job does."""
+    add_over_ranks(vector, received.view(-1)[: len(vector) // 2])
 
 
-def swap(send: Tensor, receive: Tensor, partner: int) -> None:
-    """Send to and receive from one rank at once."""
-    for work in dist.batch_isend_irecv(
-        [dist.P2POp(dist.isend, send, partner), dist.P2POp(dist.irecv, receive, partner)]
-    ):
-        work.wait()
-
+# torch 2.14 gave it another name.
+all_gather_slices = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 WAYS: dict[str, Callable[[Tensor, Tensor], None]] = {f.__name__: f for f in (all_reduce, all_gather, slices, halving)}
 
