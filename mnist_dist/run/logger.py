@@ -71,6 +71,8 @@ class Logger(NullLogger):
         self.console = Console(
             file=stream, highlight=False, soft_wrap=True, emoji=False, force_terminal=is_terminal, width=width
         )
+        # Lines are the terminal's to wrap, so that a path can be copied; a narrow one would break words.
+        self.console.soft_wrap = not (is_terminal and self.console.width < NARROW)
         self._metrics = _Lines(run_dir.metrics)
         self._log = _Lines(run_dir.console)
         self._bar: Progress | None = None
