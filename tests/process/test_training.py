@@ -433,3 +433,10 @@ def test_a_tracker_gets_every_recorded_step(data_dir: Path, tmp_path: Path) -> N
     events.Reload()
     assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(losses(tmp_path / "run"))
     assert [e.step for e in events.Scalars("test/accuracy")] == [16, 32]
+
+
+def test_a_batch_of_more_than_all_images_is_refused(data_dir: Path, tmp_path: Path) -> None:
+    result = run_ranks([*COMMON, f"data_dir={data_dir}", "batch_size=1002"], tmp_path)
+    assert result.code == 2
+    assert "batch_size=1002 is more than the 1,000 training images of synthetic" in result.output
+    assert not (tmp_path / "run").exists()

@@ -432,3 +432,10 @@ def test_the_package_is_a_program(tmp_path: Path) -> None:
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("mnist-dist ")
+
+
+def test_torchrun_finds_the_sentence_for_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert main(["train", "epoch=3"]) == 2
+    message = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert message == "there is no key epoch; did you mean epochs?"
