@@ -65,3 +65,8 @@ class ReplicaError(RunError):
     """The ranks hold different weights."""
 
     cause = "replicas_differ"
+
+
+def one_line(error: Exception) -> str:
+    """What another library's exception says first, or its name where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

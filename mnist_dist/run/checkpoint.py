@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from mnist_dist.errors import RequestError, StorageError
+from mnist_dist.errors import RequestError, StorageError, one_line
 from mnist_dist.files import remove, sync_folder, write_synced
 
 MODEL, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
@@ -55,7 +55,7 @@ def parse_training(data: bytes, origin: Path = Path(TRAINING)) -> dict[str, Any]
         with warnings.catch_warnings(action="ignore"):  # what torch says of an odd file is said by the refusal
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a forged pickle makes torch's safe unpickler raise almost anything
-        raise RequestError(f"{origin} is refused: {_one_line(error)}") from None
+        raise RequestError(f"{origin} is refused: {one_line(error)}") from None
     if not isinstance(state, dict):
         raise RequestError(f"{origin} is refused: it holds no training state")
     return state
@@ -204,10 +204,6 @@ def _read_regular(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DamagedError(f"{path.name} cannot be read: {error.strerror}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _sha256(data: bytes) -> str:

@@ -21,6 +21,7 @@ from typing import Any, TextIO, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from mnist_dist.errors import one_line
 from mnist_dist.run.run_dir import RunDir
 
 LINE_EVERY_S = 5.0  # seconds between progress lines in a log file
@@ -98,7 +99,7 @@ class Logger(NullLogger):
                 self._track(numbers, figures["step"])
             except Exception as error:  # whatever a tracker's library raises
                 self._track = None
-                self.info(f"WARNING: the tracker fails and is dropped; metrics.jsonl goes on: {_one_line(error)}")
+                self.info(f"WARNING: the tracker fails and is dropped; metrics.jsonl goes on: {one_line(error)}")
 
     def start_tracking(self, track: Callable[[dict[str, Any], int], None]) -> None:
         self._track = track
@@ -204,7 +205,3 @@ class _Stream:
 def warn(text: str) -> None:
     """One line on the standard error stream, for what comes before there is a run directory."""
     print(text, file=sys.stderr, flush=True)
-
-
-def _one_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -9,7 +9,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_avail
 
 from mnist_dist.config.schema import Config
 from mnist_dist.distributed.world import World
-from mnist_dist.errors import RequestError, RunError
+from mnist_dist.errors import RequestError, RunError, one_line
 from mnist_dist.run.logger import NullLogger
 from mnist_dist.run.run_dir import RunDir
 
@@ -36,7 +36,7 @@ def start_trackers(config: Config, world: World, run_dir: RunDir, logger: NullLo
         try:
             accelerator.init_trackers("tracking", config=settings, init_kwargs=settings_of_trackers(run_dir))
         except Exception as error:  # whatever a tracker's library raises
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            reason = one_line(error)
             raise RunError(f"log_with={','.join(config.log_with)} does not start: {reason}") from None
     logger.start_tracking(lambda numbers, step: accelerator.log(numbers, step=step))
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from mnist_dist.errors import RequestError
+from mnist_dist.errors import RequestError, one_line
 from mnist_dist.run.checkpoint import ABOUT
 
 PREFIXES = ("module.", "_orig_mod.")  # of networks that were wrapped for several GPUs, or compiled
@@ -28,7 +28,7 @@ def parse_weights(data: bytes, origin: Path) -> dict[str, Tensor]:
             weights = load_safetensors(data)
     except Exception as error:  # SafetensorError, and whatever else a forged header or pickle leads to
         kind = "PyTorch" if origin.suffix in (".pt", ".pth") else "safetensors"
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = one_line(error)
         raise RequestError(f"{origin} is not a {kind} file of weights: {reason}") from None
     for prefix in PREFIXES * 2:  # in either order
         if weights and all(name.startswith(prefix) for name in weights):
