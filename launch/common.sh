@@ -33,8 +33,8 @@ count_ranks() {
 }
 
 # Refuse a wrong request before a launcher is started: it would wrap one sentence in a traceback. Answer here what
-# asks for no training. Sets run_dir, and adds it to the arguments: a stop and a restart must find the run, so its
-# directory is chosen here, unless it is given.
+# asks for no training. Sets timeout_s, and run_dir, which it adds to the arguments: a stop and a restart must find the
+# run, so its directory is chosen here, unless it is given.
 check_request() { # world-size
   export RANK=0 WORLD_SIZE=$1
   local argument checked recipe
@@ -45,9 +45,7 @@ check_request() { # world-size
   done
   checked=$("$python" "$train" --check "${arguments[@]}") || exit
   unset RANK WORLD_SIZE
-  recipe=${checked%%$'\n'*}
-  run_dir=${checked#"$recipe"}
-  run_dir=${run_dir#$'\n'}
+  { read -r recipe && read -r run_dir && read -r timeout_s; } <<<"$checked"
   if [ -z "$run_dir" ]; then
     run_dir=runs/$recipe-$(date +%Y%m%d-%H%M%S)-$$
     arguments+=("run_dir=$run_dir")
@@ -73,6 +71,7 @@ launch() { # ranks in all, flags of accelerate launch
   setsid "$python" -m "${command[@]}" "$train" "${arguments[@]}" &
   launcher=$!
   trap stop_run TERM INT USR1 USR2 HUP
+  await_ranks
   local code
   while :; do
     wait "$launcher" 2>/dev/null # the shell would announce a kill
@@ -80,11 +79,40 @@ launch() { # ranks in all, flags of accelerate launch
     kill -0 "$launcher" 2>/dev/null || break # a trap interrupts wait: go on until the launcher is really gone
   done
   if [ "$code" = 0 ]; then code=$(cat "$MNIST_DIST_EXIT_CODE_FILE"); fi # empty on machines without rank 0
+  code=${ended_early:-$code}
   rm -f "$MNIST_DIST_EXIT_CODE_FILE"
   exit "${code:-0}"
 }
 
+# The processes that the launcher has started.
+find_ranks() { grep -l "^PPid:[[:space:]]$launcher\$" /proc/[0-9]*/status 2>/dev/null | tr -cd '0-9\n'; }
+
+# Wait until the launcher has started its ranks, which needs the launchers of all machines, and say so.
+await_ranks() {
+  local began=$SECONDS said=$SECONDS waiting
+  [ "${NNODES:-1}" -gt 1 ] || return 0
+  waiting="waiting for the launchers of all $NNODES machines to meet at $MASTER_ADDR:$MASTER_PORT"
+  while kill -0 "$launcher" 2>/dev/null && [ -z "$(find_ranks)" ]; do
+    if [ $((SECONDS - began)) -gt "$timeout_s" ]; then
+      echo "$(basename "$0"): a machine did not come to $MASTER_ADDR:$MASTER_PORT within $timeout_s s (timeout_s); start this on each of the $NNODES machines, with NODE_RANK 0 to $((NNODES - 1))" >&2
+      ended_early=1
+      kill -KILL "$launcher"
+    elif [ $((SECONDS - said)) -ge 5 ]; then
+      said=$SECONDS
+      echo "$(basename "$0"): $waiting, since $((SECONDS - began)) s of at most $timeout_s" >&2
+    fi
+    sleep 1 &
+    wait "$!"
+  done
+}
+
 stop_run() {
+  if [ "${NNODES:-1}" -gt 1 ] && [ -z "$(find_ranks)" ]; then
+    echo "$(basename "$0"): stopped before its ranks had started; nothing is lost, start it again" >&2
+    ended_early=3
+    kill -KILL "$launcher"
+    return
+  fi
   local now=${EPOCHREALTIME//[.,]/} # microseconds
   if [ -z "${stopped:-}" ]; then
     stopped=$now
@@ -92,9 +120,7 @@ stop_run() {
     echo "$(basename "$0"): asked the ranks to stop; once more ends them at once" >&2
   elif [ $((now - stopped)) -gt 1000000 ]; then # what comes sooner is the same wish: schedulers send two signals
     # The ranks have sessions of their own: without their launcher they would go on.
-    local ranks
-    ranks=$(grep -l "^PPid:[[:space:]]$launcher\$" /proc/[0-9]*/status 2>/dev/null | tr -cd '0-9\n')
-    # shellcheck disable=SC2086 # several words
-    kill -KILL "$launcher" $ranks
+    # shellcheck disable=SC2046 # several words
+    kill -KILL "$launcher" $(find_ranks)
   fi
 }

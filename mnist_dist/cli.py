@@ -56,7 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the plan, and stop")
     train.add_argument(
-        "--check", action="store_true", help="only check the arguments, at once; print the recipe's name and run_dir"
+        "--check",
+        action="store_true",
+        help="only check the arguments, at once; print the recipe's name, run_dir and timeout_s",
     )
     evaluate = verbs["evaluate"]
     evaluate.usage = "%(prog)s [-h] [--json] RUN [key=value ...]"
@@ -131,7 +133,7 @@ def run_training(options: argparse.Namespace, rest: list[str], env: LaunchEnv) -
         error.on_every_rank = True  # they all have the same request, so that rank 0 alone says it
         raise
     if options.check:
-        print(recipe, config.run_dir or "", sep="\n")
+        print(recipe, config.run_dir or "", int(config.timeout_s), sep="\n")
         return 0
     # NCCL would abort the process before anybody can name the rank that failed; the watchdog judges.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")

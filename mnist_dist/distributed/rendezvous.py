@@ -4,25 +4,29 @@ There they compare what they were asked for, and what they run; a rank that diff
 watches them.
 """
 
+import contextlib
 import datetime
+import functools
 import json
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from mnist_dist.config.schema import MAY_DIFFER, Config
 from mnist_dist.distributed.device import choose_device
 from mnist_dist.distributed.launch_env import LaunchEnv
+from mnist_dist.distributed.preflight import group_address, is_loopback, listen, try_peers
 from mnist_dist.distributed.watchdog import Watchdog
 from mnist_dist.errors import JobError, RequestError, RunError
 from mnist_dist.versions import code_hash, library_versions
 
 TRY_S = 2.0  # for one try to connect
 SAY_EVERY_S = 5.0  # what is waited for
+SLOW_LOOKUP_S = 1.0  # of a name: more than that is said
 HEARING_S = 3.0  # how long rank 0 waits for the others to hear that it is over
 
 
@@ -38,23 +42,47 @@ def meet_ranks(config: Config, env: LaunchEnv) -> Meeting | None:
 
     It waits in short tries, which a signal can end.
     """
-    refusal = ""
+    refusal, address = "", ""
     try:
         choose_device(env)
+        if env.world_size > 1:
+            address = group_address()
     except RequestError as error:
         if env.world_size == 1:
             raise
         refusal = str(error)  # the others would wait for this rank: it tells them first
     if env.world_size == 1:
         return None
+    warn_of_slow_lookup(*env.master())
     store = connect_store(env, config.timeout_s, hosting=env.rank == 0 and not env.launcher_hosts_store)
-    hosts = meet(store, config, env, refusal)  # collective
+    with listen(address or "127.0.0.1") as listener:
+        place = [address, listener.getsockname()[1]]
+        request = describe_request(config) | {"host": socket.gethostname(), "refusal": refusal, "address": place}
+        requests = agree(store, "here", request, refuse_difference, env, config.timeout_s)  # collective
+        hosts, addresses = [r["host"] for r in requests], [r["address"] for r in requests]
+        failures = try_peers(env.rank, addresses)
+        refuse = functools.partial(refuse_unreachable, hosts, addresses)
+        agree(store, "reached", failures, refuse, env, config.timeout_s)  # collective
     own_store = connect_store(env, config.timeout_s, hosting=False)
     watchdog = Watchdog(own_store, env.rank, hosts, config.timeout_s, hosted_by_rank_0=not env.launcher_hosts_store)
     if missing := await_keys(store, watchdog.keys(), config.timeout_s):
         raise RunError(f"rank {env.rank} on {socket.gethostname()} lost these ranks at once: {', '.join(missing)}")
     watchdog.start()
     return Meeting(store, watchdog)
+
+
+def warn_of_slow_lookup(host: str, port: int) -> None:
+    """Say where a name server makes each connection slow: the store looks the address up, and its name."""
+    began_s = time.monotonic()
+    with contextlib.suppress(OSError):  # a name that leads nowhere is said where it is used
+        socket.getnameinfo(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4], 0)
+    if (took_s := time.monotonic() - began_s) > SLOW_LOOKUP_S:
+        print(
+            f"mnist-dist: looking up MASTER_ADDR={host} took {took_s:.0f} s on {socket.gethostname()}; its name server "
+            "is slow or does not answer: mend /etc/resolv.conf, or add the hosts to /etc/hosts",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def connect_store(env: LaunchEnv, timeout_s: float, *, hosting: bool) -> dist.Store:
@@ -64,7 +92,7 @@ def connect_store(env: LaunchEnv, timeout_s: float, *, hosting: bool) -> dist.St
     """
     host, port = env.master()
     me = f"rank {env.rank} on {socket.gethostname()}"
-    patience = datetime.timedelta(seconds=timeout_s)
+    patience = datetime.timedelta(seconds=max(timeout_s, 60))  # a slow name server counts in it
     try:
         if not hosting:
             await_port(host, port, timeout_s, f"{me} waits for rank 0 at {host}:{port}")
@@ -92,11 +120,7 @@ def await_port(host: str, port: int, timeout_s: float, waiting: str) -> None:
                 raise
             if now_s - said_s > SAY_EVERY_S:
                 said_s = now_s
-                print(
-                    f"mnist-dist: {waiting}, since {now_s - began_s:.0f} s of at most {timeout_s:g}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                say_waiting(waiting, now_s - began_s, timeout_s)
             time.sleep(0.1)
 
 
@@ -105,48 +129,55 @@ def say_waiting(what: str, age_s: float, timeout_s: float) -> None:
     print(f"mnist-dist: {what}, since {age_s:.0f} s of at most {timeout_s:g}", file=sys.stderr, flush=True)
 
 
-def meet(store: dist.Store, config: Config, env: LaunchEnv, refusal: str) -> list[str]:
-    """Wait for all ranks and compare what they run. Collective. Raises RequestError, RunError, on every rank.
-
-    `refusal` is why this rank cannot take part, or empty. Returns the ranks' hosts.
-    """
+def describe_request(config: Config) -> dict[str, object]:
+    """What all ranks must have in common: the configuration, but for what may differ, the code, the libraries."""
     request = {key: value for key, value in config.model_dump(mode="json").items() if key not in MAY_DIFFER}
-    request |= {"code": code_hash(), **library_versions(), "host": socket.gethostname(), "refusal": refusal}
-    store.set(f"here/{env.rank}", json.dumps(request))
+    return request | {"code": code_hash(), **library_versions()}
+
+
+def agree(
+    store: dist.Store,
+    name: str,
+    mine: Any,
+    refuse: Callable[[list[Any]], None],
+    env: LaunchEnv,
+    timeout_s: float,
+) -> list[Any]:
+    """Put down a value, wait for all ranks', and let rank 0 refuse to go on. Collective. Raises RequestError, RunError.
+
+    `refuse` raises a JobError, which is raised on every rank then. Returns all ranks' values, in their order.
+    """
+    keys = [f"{name}/{rank}" for rank in range(env.world_size)]
+    store.set(keys[env.rank], json.dumps(mine))
+    me = f"rank {env.rank} on {socket.gethostname()}"
     if env.rank > 0:
         try:
-            if await_keys(store, ["met"], 2 * config.timeout_s):
-                raise RunError(f"rank {env.rank} on {socket.gethostname()} waited in vain for rank 0 to go on")
-            answer = json.loads(store.get("met"))
-            store.add("told", 1)
+            if await_keys(store, [f"{name}/answer"], 2 * timeout_s):
+                raise RunError(f"{me} waited in vain for rank 0 to go on")
+            code = int(store.get(f"{name}/answer"))
+            values = [] if code else [json.loads(data) for data in store.multi_get(keys)]
+            store.add(f"{name}/told", 1)
         except RuntimeError:
-            raise RunError(
-                f"rank {env.rank} on {socket.gethostname()} lost rank 0, and its store, while the ranks were joining"
-            ) from None
-        if code := answer["code"]:
+            raise RunError(f"{me} lost rank 0, and its store, while the ranks were joining") from None
+        if code:
             raise (RequestError if code == RequestError.exit_code else RunError)("rank 0 says it", on_every_rank=True)
-        return [str(host) for host in answer["hosts"]]
-    keys = [f"here/{rank}" for rank in range(env.world_size)]
-    error: JobError | None = None
-    hosts: list[str] = []
-    missing = await_keys(store, keys, config.timeout_s)
-    if missing:
-        error = RunError(
-            f"of {env.world_size} ranks these did not come within {config.timeout_s:g} s (timeout_s): "
-            f"{', '.join(missing)}; look at their logs, and whether their machines reach this one"
-        )
-    else:
-        requests = [json.loads(data) for data in store.multi_get(keys)]
-        hosts = [str(request["host"]) for request in requests]
-        if sentence := difference(requests):
-            error = RequestError(sentence, on_every_rank=True)
-    store.set("met", json.dumps({"code": error.exit_code if error else 0, "hosts": hosts}))
-    if error:
+        return values
+    try:
+        if missing := await_keys(store, keys, timeout_s):
+            raise RunError(
+                f"of {env.world_size} ranks these did not come within {timeout_s:g} s (timeout_s): "
+                f"{', '.join(missing)}; look at their logs, and whether their machines reach this one"
+            )
+        values = [json.loads(data) for data in store.multi_get(keys)]
+        refuse(values)
+    except JobError as error:
+        store.set(f"{name}/answer", str(error.exit_code))
         deadline_s = time.monotonic() + HEARING_S  # the store may be this process's own: let the others read it
-        while store.add("told", 0) < env.world_size - 1 and time.monotonic() < deadline_s:
+        while store.add(f"{name}/told", 0) < env.world_size - 1 and time.monotonic() < deadline_s:
             time.sleep(0.05)
-        raise error
-    return hosts
+        raise
+    store.set(f"{name}/answer", "0")
+    return values
 
 
 def await_keys(store: dist.Store, keys: list[str], timeout_s: float) -> list[str]:
@@ -165,26 +196,46 @@ def await_keys(store: dist.Store, keys: list[str], timeout_s: float) -> list[str
                 return missing
             if len(keys) > 1:
                 waiting = f"waiting for rank{'s' * (len(missing) > 1)} {', '.join(missing)} of {len(keys)}"
-                print(
-                    f"mnist-dist: {waiting}, since {now_s - began_s:.0f} s of at most {timeout_s:g}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                say_waiting(waiting, now_s - began_s, timeout_s)
         time.sleep(0.02)
     return []
 
 
-def difference(requests: Sequence[dict[str, object]]) -> str:
-    """Why these ranks cannot train together, in a sentence, or the empty string."""
-    first = requests[0]
+def refuse_difference(requests: Sequence[dict[str, Any]]) -> None:
+    """Raises RequestError where these ranks cannot train together, and names the first that differs."""
+    first, num_hosts = requests[0], len({request["host"] for request in requests})
     for rank, request in enumerate(requests):
         if request["refusal"]:
-            return f"rank {rank} on {request['host']}: {request['refusal']}"
+            raise RequestError(f"rank {rank} on {request['host']}: {request['refusal']}", on_every_rank=True)
     for rank, request in enumerate(requests):
         for key in first | request:
-            if key != "host" and request.get(key) != first.get(key):
-                return (
+            if key not in ("host", "address") and request.get(key) != first.get(key):
+                raise RequestError(
                     f"rank {rank} on {request['host']} has {key}={request.get(key)} and rank 0 on {first['host']} has "
-                    f"{key}={first.get(key)}; start all ranks with the same request and the same code"
+                    f"{key}={first.get(key)}; start all ranks with the same request and the same code",
+                    on_every_rank=True,
                 )
-    return ""
+    for rank, request in enumerate(requests):
+        if num_hosts > 1 and is_loopback(request["address"][0]):
+            raise RunError(
+                f"rank {rank} on {request['host']}: the host's own name leads to {request['address'][0]}, where no "
+                "other host can reach it; mend DNS or /etc/hosts, or set GLOO_SOCKET_IFNAME to an interface that the "
+                "others reach",
+                on_every_rank=True,
+            )
+
+
+def refuse_unreachable(
+    hosts: Sequence[str], addresses: Sequence[tuple[str, int]], failures: Sequence[Sequence[tuple[int, str]]]
+) -> None:
+    """Raises RunError where a rank could not connect to another, and says why; `failures` are those of each rank."""
+    for rank, failed in enumerate(failures):
+        for peer, why in failed:
+            address, port = addresses[peer]
+            raise RunError(
+                f"rank {rank} on {hosts[rank]} cannot connect to rank {peer} on {hosts[peer]} at {address}:{port} "
+                f"({why}); ranks need each other's ports, all of them and not MASTER_PORT alone: open the firewall "
+                "between these hosts, or set GLOO_SOCKET_IFNAME to an interface that they share; `mnist-dist doctor` "
+                "says more",
+                on_every_rank=True,
+            )

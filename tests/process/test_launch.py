@@ -107,6 +107,28 @@ def test_the_run_directory_of_a_file_holds_and_latest_is_the_latest(data_dir: Pa
     assert re.fullmatch(r"mlp-\d{8}-\d{6}-\d+", (tmp_path / "runs" / "latest").readlink().name)
 
 
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["it is waited for", "a signal comes"])
+def test_a_machine_that_never_comes_is_said(is_stopped: bool, data_dir: Path, tmp_path: Path) -> None:
+    environment = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    timeout_s = 300 if is_stopped else 8
+    process = start([NODE, "run_dir=run", f"timeout_s={timeout_s}"], tmp_path, data_dir, **environment)
+    assert process.stdout
+    place = f"127.0.0.1:{environment['MASTER_PORT']}"
+    first = process.stdout.readline()
+    assert re.match(rf"node.sh: waiting for the launchers of all 2 machines to meet at {place}, since \d+ s of", first)
+    if is_stopped:
+        process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (3 if is_stopped else 1)
+    if is_stopped:
+        sentence = "stopped before its ranks had started; nothing is lost, start it again"
+    else:
+        sentence = f"a machine did not come to {place} within 8 s (timeout_s); start this on each of the 2 machines"
+    assert f"node.sh: {sentence}" in output
+    assert "Traceback" not in output
+    assert not processes_of(tmp_path)
+
+
 def test_a_second_signal_ends_ranks_that_hang(data_dir: Path, tmp_path: Path) -> None:
     process = start([LOCAL, "run_dir=run", "epochs=100000", *COMMON], tmp_path, data_dir, NPROC="2")
     wait_for(has_steps(tmp_path / "run", 5))

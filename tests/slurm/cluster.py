@@ -1,8 +1,7 @@
 """A real SLURM cluster of two nodes on one machine, made of Debian's packages slurm-wlm, munge and iproute2, as root.
 
-The controller and the two nodes have namespaces of their own: network (so a wrong master address shows), host name,
-mounts and processes. A node's first process is its power switch: when it is killed, the kernel kills all that runs
-there, and the network goes with it. So nothing is left behind, even where the tests themselves are killed.
+The controller and the two nodes are machines of tests/hosts.py: a wrong master address shows, and nothing is left
+behind, even where the tests themselves are killed.
 
     with Cluster() as cluster:
         cluster.client("sinfo")
@@ -22,14 +21,14 @@ from types import TracebackType
 from typing import Self
 
 from tests.conftest import clean_environment, skip, wait_for
+from tests.hosts import ROUTER, Hosts, child_of
 from tests.processes import is_alive
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "setpriv")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 NODES = ("n1", "n2")
 CPUS, GPUS = 4, 2  # of a node, as far as SLURM believes
-HEAD = "head"
-_ADDRESSES = {HEAD: "10.0.0.1", "n1": "10.0.0.11", "n2": "10.0.0.12"}
-_INIT = ["bash", "-c", "sleep infinity & wait"]  # a shell, because it collects orphans
+HEAD = ROUTER
+_ADDRESSES = {"n1": "10.0.0.11", "n2": "10.0.0.12"}
 
 # Times are short, so that a lost node is noticed and a requeued job may start (cred_expire; SLURM takes less than 5 s
 # for 120) within seconds.
@@ -88,16 +87,13 @@ class Cluster:
             skip("slurm", f"{', '.join(missing)} missing; apt-get install slurm-wlm munge iproute2")
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # not pytest's: munge wants it open to all
         self.folder.chmod(0o755)
-        self._switches: dict[str, subprocess.Popen[bytes]] = {}
-        self._inits: dict[str, int] = {}
+        self.hosts = Hosts(self.folder, _ADDRESSES)
         self._daemons: dict[tuple[str, str], subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
         try:
             self._configure()
-            for name in (HEAD, *NODES):
-                self._switch_on(name)
-            self._connect()
+            self.hosts.__enter__()
             munge = self.folder / "munge"
             self._start(
                 HEAD,
@@ -125,15 +121,15 @@ class Cluster:
 
     def stop(self) -> None:
         """Switch everything off."""
-        for process in (*self._switches.values(), *self._daemons.values()):
+        for process in self._daemons.values():
             process.kill()
             process.wait()
-        wait_for(lambda: not any(is_alive(pid) for pid in self._inits.values()))
+        self.hosts.stop()
         shutil.rmtree(self.folder)
 
     def client(self, *command: str, cwd: Path | None = None, check: bool = True, **environment: str) -> str:
         """Run a command where the controller is, as on a login node; its output. It is killed after a minute."""
-        enter = ["nsenter", f"--target={self._inits[HEAD]}", "--net", "--uts", "--"]
+        enter = ["nsenter", f"--target={self.hosts.inits[HEAD]}", "--net", "--uts", "--"]
         result = subprocess.run(
             [*enter, *command],
             cwd=cwd,
@@ -146,23 +142,10 @@ class Cluster:
         assert not check or result.returncode == 0, f"{command}: {result.stdout}"
         return result.stdout
 
-    def in_node(self, node: str, *command: str) -> None:
-        """Run a command as root of a node."""
-        subprocess.run([*self._enter(node), *command], check=True, capture_output=True)
-
-    @contextlib.contextmanager
-    def replaced(self, node: str, path: str, by: Path) -> Iterator[None]:
-        """For a while, let a node see another file in a file's place."""
-        self.in_node(node, "mount", "--bind", str(by), path)
-        try:
-            yield
-        finally:
-            self.in_node(node, "umount", path)
-
     def processes(self, node: str) -> dict[int, list[str]]:
         """Pid and command of each process of a job on a node: all but the node's own."""
         own = {"slurmd", "bash -c sleep infinity & wait", "sleep infinity"}
-        home = Path(f"/proc/{self._inits[node]}/ns/pid").readlink()
+        home = Path(f"/proc/{self.hosts.inits[node]}/ns/pid").readlink()
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -182,7 +165,7 @@ class Cluster:
     @contextlib.contextmanager
     def without_slurmd(self, node: str) -> Iterator[None]:
         """For a while, a node has no slurmd; what it started runs on, as it does when a node loses touch."""
-        os.kill(_child(self._daemons[node, "slurmd"].pid), signal.SIGKILL)
+        os.kill(child_of(self._daemons[node, "slurmd"].pid), signal.SIGKILL)
         self._daemons[node, "slurmd"].wait()
         try:
             yield
@@ -197,53 +180,17 @@ class Cluster:
         for index in range(GPUS):  # /dev/null under another name
             os.mknod(self.folder / "dev" / f"gpu{index}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         (self.folder / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={self.folder}/dev/gpu[0-{GPUS - 1}]\n")
-        hosts = "".join(f"{address} {name}\n" for name, address in _ADDRESSES.items())
-        (self.folder / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
         key = self.folder / "munge" / "key"
         key.touch(0o600)
         key.write_bytes(os.urandom(128))
-
-    def _switch_on(self, name: str) -> None:
-        """Start a machine: namespaces, and the process on which they depend, which itself depends on this one."""
-        unshare = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        switch = subprocess.Popen(["setpriv", "--pdeathsig=KILL", *unshare, *_INIT])
-        self._switches[name] = switch
-        wait_for(lambda: _child(switch.pid) != 0)
-        self._inits[name] = _child(switch.pid)
-        wait_for(lambda: "bash" in Path(f"/proc/{self._inits[name]}/comm").read_text())  # it is all set up
-        self.in_node(name, "hostname", name)
-        self.in_node(name, "mount", "--bind", str(self.folder / "hosts"), "/etc/hosts")
-        self.in_node(name, "ip", "link", "set", "lo", "up")
-
-    def _connect(self) -> None:
-        """Lay a cable from each node to a switch in the head."""
-        bridge = ["ip", "link", "add", "name", "switch", "type", "bridge"]
-        self.in_node(HEAD, *bridge)
-        self.in_node(HEAD, "ip", "address", "add", f"{_ADDRESSES[HEAD]}/24", "dev", "switch")
-        self.in_node(HEAD, "ip", "link", "set", "switch", "up")
-        for node in NODES:
-            ends = ["netns", str(self._inits[HEAD]), "type", "veth", "peer", "name", "eth0", "netns"]
-            subprocess.run(["ip", "link", "add", "name", node, *ends, str(self._inits[node])], check=True)
-            self.in_node(HEAD, "ip", "link", "set", node, "master", "switch", "up")
-            self.in_node(node, "ip", "address", "add", f"{_ADDRESSES[node]}/24", "dev", "eth0")
-            self.in_node(node, "ip", "link", "set", "eth0", "up")
-
-    def _enter(self, name: str) -> list[str]:
-        return ["nsenter", f"--target={self._inits[name]}", "--net", "--uts", "--mount", "--pid", "--"]
 
     def _start(self, name: str, *command: str) -> None:
         """Start a daemon, its output into a file of the cluster's folder."""
         with (self.folder / f"{command[0]}.{name}.log").open("ab") as log:
             self._daemons[name, command[0]] = subprocess.Popen(
-                [*self._enter(name), *command], env=self._environment(), stdout=log, stderr=log
+                [*self.hosts.enter(name), *command], env=self._environment(), stdout=log, stderr=log
             )
 
     def _environment(self, **extra: str) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         return clean_environment(PATH=path, SLURM_CONF=str(self.folder / "slurm.conf"), **extra)
-
-
-def _child(pid: int) -> int:
-    """The only child of a process, or 0."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(children[0]) if children else 0

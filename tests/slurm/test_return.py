@@ -148,7 +148,10 @@ def test_without_scontrol_it_says_so_and_can_be_submitted_again(
 ) -> None:
     scontrol = shutil.which("scontrol")
     assert scontrol
-    with cluster.replaced("n1", scontrol, Path("/dev/null")), cluster.replaced("n2", scontrol, Path("/dev/null")):
+    with (
+        cluster.hosts.replaced("n1", scontrol, Path("/dev/null")),
+        cluster.hosts.replaced("n2", scontrol, Path("/dev/null")),
+    ):
         job = submit(*TRAINING)
         job.wait_for_steps()
         cluster.client("scancel", "--batch", "--signal=USR1", job.id)

@@ -122,7 +122,7 @@ def test_names_that_would_end_in_a_hang_are_refused(
     hosts: str, sentence: str, cluster: Cluster, submit: Submit, tmp_path: Path
 ) -> None:
     (tmp_path / "hosts").write_text(f"{hosts}\n")
-    with cluster.replaced("n2", "/etc/hosts", tmp_path / "hosts"):
+    with cluster.hosts.replaced("n2", "/etc/hosts", tmp_path / "hosts"):
         job = submit("--nodes=2", *SHORT)
         job.wait_for_end("FAILED")
     assert job.log.count(sentence) == 1

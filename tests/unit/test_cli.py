@@ -350,8 +350,8 @@ def test_a_plan_without_images_is_refused(capsys: pytest.CaptureFixture[str]) ->
 
 def test_what_a_script_asks_a_request_for(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cwd / "my recipe.yaml").write_text("run_dir: a b\n")
-    assert printed(["train", "--check", "my recipe.yaml"], capsys) == "my recipe\na b\n"
-    assert printed(["train", "--check", "model=mlp"], capsys) == "mlp\n\n"
+    assert printed(["train", "--check", "my recipe.yaml"], capsys) == "my recipe\na b\n300\n"
+    assert printed(["train", "--check", "model=mlp"], capsys) == "mlp\n\n300\n"
 
 
 @pytest.mark.parametrize("make_mirror", [True, False])

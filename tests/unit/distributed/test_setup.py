@@ -13,7 +13,13 @@ import torch.distributed as dist
 from mnist_dist.config.schema import MAY_DIFFER, Config
 from mnist_dist.distributed import rendezvous as module
 from mnist_dist.distributed.launch_env import VARIABLES, LaunchEnv
-from mnist_dist.distributed.rendezvous import connect_store, difference, meet
+from mnist_dist.distributed.rendezvous import (
+    agree,
+    connect_store,
+    describe_request,
+    refuse_difference,
+    refuse_unreachable,
+)
 from mnist_dist.distributed.setup import choose_precision, choose_threads, init_distributed
 from mnist_dist.distributed.world import Member
 from mnist_dist.errors import JobError, RequestError, RunError
@@ -77,12 +83,14 @@ def test_a_precision_that_a_cpu_does_not_have_is_refused_by_all(precision: Any) 
 
 
 def request(host: str = "a", refusal: str = "", **changes: object) -> dict[str, object]:
-    return {"lr": 0.005, "seed": 0, "code": "abc", "torch": "2.11"} | changes | {"host": host, "refusal": refusal}
+    place = {"host": host, "refusal": refusal, "address": ["10.0.0.1", 4000]}
+    return {"lr": 0.005, "seed": 0, "code": "abc", "torch": "2.11"} | place | changes
 
 
 def test_ranks_with_the_same_request_do_not_differ() -> None:
-    assert difference([request()]) == ""
-    assert difference([request("a"), request("b"), request("a")]) == ""  # the host may be another
+    refuse_difference([request()])
+    refuse_difference([request("a"), request("b"), request("a")])  # the host may be another
+    refuse_difference([request(address=["127.0.0.1", 4000]), request(address=["127.0.0.1", 5000])])  # on one host
 
 
 @pytest.mark.parametrize(
@@ -116,19 +124,41 @@ def test_ranks_with_the_same_request_do_not_differ() -> None:
             [request(refusal="it has no GPU"), request("b", refusal="nor has this")],
             "rank 0 on a: it has no GPU",
         ),
+        (
+            [request(), request("b", address=["127.0.1.1", 4000])],
+            "rank 1 on b: the host's own name leads to 127.0.1.1, where no other host can reach it; mend DNS or "
+            "/etc/hosts, or set GLOO_SOCKET_IFNAME to an interface that the others reach",
+        ),
     ],
 )
 def test_a_rank_that_differs_is_named_with_both_values(requests: list[dict[str, object]], sentence: str) -> None:
-    assert difference(requests) == sentence
+    with pytest.raises(JobError) as refused:
+        refuse_difference(requests)
+    assert str(refused.value) == sentence
+    assert refused.value.on_every_rank
+
+
+def test_a_rank_that_another_does_not_reach_is_named() -> None:
+    hosts, addresses = ["a", "a", "b"], [("10.0.0.1", 4000), ("10.0.0.1", 4001), ("10.0.0.2", 4000)]
+    refuse_unreachable(hosts, addresses, [[], [], []])
+    with pytest.raises(
+        RunError, match=r"^rank 1 on a cannot connect to rank 2 on b at 10.0.0.2:4000 .no answer.; "
+    ) as e:
+        refuse_unreachable(hosts, addresses, [[], [(2, "no answer")], [(0, "refused")]])
+    assert e.value.on_every_rank
 
 
 def meet_all(configs: list[Config], refusals: list[str] | None = None) -> list[JobError | None]:
-    """Let ranks meet in one store, a thread a rank; returns what each raised."""
+    """Let ranks agree in one store, a thread a rank; returns what each raised."""
     store, raised = dist.HashStore(), [None for _ in configs]
 
     def come(rank: int) -> None:
+        place = {"host": HOST, "refusal": (refusals or [""] * len(configs))[rank], "address": ["127.0.0.1", 1]}
+        request = describe_request(configs[rank]) | place
         try:
-            meet(store, configs[rank], LaunchEnv(rank, len(configs)), (refusals or [""] * len(configs))[rank])
+            assert len(agree(store, "here", request, refuse_difference, LaunchEnv(rank, len(configs)), 10)) == len(
+                configs
+            )
         except JobError as error:
             raised[rank] = error  # type: ignore[call-overload]
 
@@ -182,12 +212,11 @@ def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(module, "SAY_EVERY_S", 0)
     store = dist.HashStore()
     store.set("here/2", "{}")
-    config = Config().model_copy(update={"timeout_s": 0.1})
     with pytest.raises(RunError, match=r"^of 4 ranks these did not come within 0.1 s .timeout_s.: 1, 3; look at"):
-        meet(store, config, LaunchEnv(0, 4), "")
+        agree(store, "here", {}, refuse_difference, LaunchEnv(0, 4), 0.1)
     assert "mnist-dist: waiting for ranks 1, 3 of 4, since 0 s of at most 0.1\n" in capsys.readouterr().err
     with pytest.raises(RunError) as raised:  # one that comes too late hears of it
-        meet(store, config, LaunchEnv(1, 4), "")
+        agree(store, "here", {}, refuse_difference, LaunchEnv(1, 4), 0.1)
     assert raised.value.on_every_rank
 
 
