@@ -9,11 +9,12 @@ refuse() {
   exit 2
 }
 
-# Sets arguments, without the verb `train`. The other verbs need no ranks, and are answered here.
+# Sets verb, and arguments without it. The verbs that need no ranks are answered here.
 take_verb() { # arguments of the script
+  verb=train
   case ${1:-} in
     evaluate | fetch) exec "$python" "$train" "$@" ;;
-    train) shift ;;
+    train | doctor) verb=$1 && shift ;;
   esac
   arguments=("$@")
 }
@@ -28,6 +29,7 @@ count_ranks() {
     refuse "NPROC=$nproc is more than the GPUs here, $num_gpus; each rank needs one of its own"
   fi
   restarts=${MAX_RESTARTS:-0}
+  [ "$verb" = train ] || restarts=0 # a verdict is final
   [[ $restarts =~ ^[0-9]{1,6}$ ]] || refuse "MAX_RESTARTS=$restarts is not a number of restarts"
   [[ ${MASTER_PORT:-0} =~ ^[0-9]{1,5}$ && ${MASTER_PORT:-0} -le 65535 ]] || refuse "MASTER_PORT=$MASTER_PORT is not a port, 1 to 65535"
 }
@@ -40,13 +42,13 @@ check_request() { # world-size
   local argument checked recipe
   for argument in "${arguments[@]}"; do
     case $argument in
-      -h | --help | --dry-run | --check) exec "$python" "$train" "${arguments[@]}" ;;
+      -h | --help | --dry-run | --check) exec "$python" "$train" "$verb" "${arguments[@]}" ;;
     esac
   done
-  checked=$("$python" "$train" --check "${arguments[@]}") || exit
+  checked=$("$python" "$train" "$verb" --check "${arguments[@]}") || exit
   unset RANK WORLD_SIZE
   { read -r recipe && read -r run_dir && read -r timeout_s; } <<<"$checked"
-  if [ -z "$run_dir" ]; then
+  if [ -z "$run_dir" ] && [ "$verb" = train ]; then
     run_dir=runs/$recipe-$(date +%Y%m%d-%H%M%S)-$$
     arguments+=("run_dir=$run_dir")
   fi
@@ -64,11 +66,11 @@ launch() { # ranks in all, flags of accelerate launch
   # A launcher takes every exit code but 0 for a failure: the ranks end with 0, and rank 0 leaves its code there.
   MNIST_DIST_EXIT_CODE_FILE=$(mktemp) || refuse "no temporary file can be made; look at TMPDIR"
   export MNIST_DIST_EXIT_CODE_FILE
-  if [ "${NODE_RANK:-0}" = 0 ]; then rm -f "$run_dir/STOP"; fi # an earlier start's, which never got ranks
+  if [ "${NODE_RANK:-0}" = 0 ] && [ "$verb" = train ]; then rm -f "$run_dir/STOP"; fi # an earlier start's, which never got ranks
   set +e
   # It runs in a session of its own: the terminal's Ctrl-C and a scheduler's signals reach only this script, which turns
   # the first into a STOP file, the one way of stopping that every rank hears, and the second into an end at once.
-  setsid "$python" -m "${command[@]}" "$train" "${arguments[@]}" &
+  setsid "$python" -m "${command[@]}" "$train" "$verb" "${arguments[@]}" &
   launcher=$!
   trap stop_run TERM INT USR1 USR2 HUP
   await_ranks
@@ -111,6 +113,11 @@ stop_run() {
     echo "$(basename "$0"): stopped before its ranks had started; nothing is lost, start it again" >&2
     ended_early=3
     kill -KILL "$launcher"
+    return
+  fi
+  if [ "$verb" != train ]; then # there is nothing to be saved
+    # shellcheck disable=SC2046 # several words
+    kill -KILL "$launcher" $(find_ranks)
     return
   fi
   local now=${EPOCHREALTIME//[.,]/} # microseconds

@@ -28,6 +28,6 @@ count_ranks
 world_size=$((NNODES * nproc))
 num_arguments=${#arguments[@]}
 check_request "$world_size"
-[ "${#arguments[@]}" = "$num_arguments" ] || refuse "run_dir= is missing; give the same one on each machine"
+[ "$verb" != train ] || [ "${#arguments[@]}" = "$num_arguments" ] || refuse "run_dir= is missing; give the same one on each machine"
 launch "$world_size" --num_machines "$NNODES" --machine_rank "$NODE_RANK" --num_processes "$world_size" \
   --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" --same_network

@@ -15,15 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mnist_dist.config.parse import describe_keys, load_config
+from mnist_dist.config.schema import Config
 from mnist_dist.distributed.launch_env import LaunchEnv, read_launch_env
 from mnist_dist.errors import JobError, RequestError, RunError
 from mnist_dist.run import stop
 
 VERBS = {
     "train": "train a network",
+    "doctor": "can this set-up train at all? checks hosts, network, devices and folders, with all ranks",
     "evaluate": "exact loss, accuracy and confusion matrix of a run, a checkpoint or a file of weights",
     "fetch": "bring a dataset to this machine, so that training needs no network",
 }
+RANKED = ("train", "doctor")  # the verbs that a launcher starts once a rank
 EXAMPLES = """\
 examples:
   accelerate launch train.py                            the CNN, on every GPU here, or the CPU
@@ -55,11 +58,20 @@ def make_parser() -> argparse.ArgumentParser:
         f"{describe_keys()}\n\n{EXAMPLES}"
     )
     train.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the plan, and stop")
-    train.add_argument(
-        "--check",
-        action="store_true",
-        help="only check the arguments, at once; print the recipe's name, run_dir and timeout_s",
+    for verb in RANKED:
+        verbs[verb].add_argument(
+            "--check",
+            action="store_true",
+            help="only check the arguments, at once; print the recipe's name, run_dir and timeout_s",
+        )
+    doctor = verbs["doctor"]
+    doctor.usage = "%(prog)s [-h] [--json] [RECIPE] [key=value ...]"
+    doctor.epilog = (
+        "Start it as training is started: launch/local.sh doctor, launch/node.sh doctor, sbatch slurm/train.sh "
+        "doctor.\n"
+        "The request is training's; data_dir, dataset and run_dir are looked at. Exit code 1 where a check failed."
     )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object with everything that was measured")
     evaluate = verbs["evaluate"]
     evaluate.usage = "%(prog)s [-h] [--json] RUN [key=value ...]"
     evaluate.epilog = (
@@ -77,7 +89,8 @@ def run_process(arguments: Sequence[str]) -> int:
     """Run a verb as the whole of a process: the exit code for whoever started it."""
     code = main(arguments)
     try:
-        return read_launch_env(os.environ).exit_code(code)
+        has_verdict = bool(arguments) and arguments[0] in RANKED[1:]
+        return read_launch_env(os.environ).exit_code(code, has_verdict=has_verdict)
     except RequestError:  # `main` has said it
         return code
 
@@ -91,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         try:
             options, rest = make_parser().parse_known_args(list(arguments))
-            if options.verb == "train":  # the other verbs have no ranks
+            if options.verb in RANKED:
                 env = read_launch_env(os.environ)
             return run_verb(options, rest, env)
         finally:
@@ -112,19 +125,37 @@ def main(arguments: Sequence[str]) -> int:
 
 def run_verb(options: argparse.Namespace, rest: list[str], env: LaunchEnv) -> int:
     """Run one verb. Raises JobError."""
-    if options.verb != "train":
+    if options.verb not in RANKED:
         command = importlib.import_module(f"mnist_dist.commands.{options.verb}")
         return int(command.run(options, rest))
+    config, recipe = read_request(rest, env)
+    if options.check:
+        print(recipe, config.run_dir or "", int(config.timeout_s), sep="\n")
+        return 0
+    # NCCL would abort the process before anybody can name the rank that failed; the watchdog judges.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lost connections come with a C++ stack; we name the rank
+    if options.verb != "train":
+        command = importlib.import_module(f"mnist_dist.commands.{options.verb}")
+        return int(command.run(options, config, env))
     is_guest = stop.install()  # of a process that has another purpose and goes on, as a notebook's
     try:
-        return run_training(options, rest, env)
+        from mnist_dist.commands.train import plan, train
+
+        if options.dry_run:
+            print(plan(config, env.world_size), end="")
+            return 0
+        return train(config, recipe, env)
     finally:
         if is_guest:
             stop.uninstall()
 
 
-def run_training(options: argparse.Namespace, rest: list[str], env: LaunchEnv) -> int:
-    """The verb train; a wrong request is refused before torch is imported. Raises JobError."""
+def read_request(rest: list[str], env: LaunchEnv) -> tuple[Config, str]:
+    """The configuration and the recipe's name; a wrong request is refused before torch is imported.
+
+    Raises RequestError.
+    """
     try:
         config, recipe = load_config(rest)
         if problem := config.world_size_problem(env.world_size):
@@ -132,18 +163,7 @@ def run_training(options: argparse.Namespace, rest: list[str], env: LaunchEnv) -
     except RequestError as error:
         error.on_every_rank = True  # they all have the same request, so that rank 0 alone says it
         raise
-    if options.check:
-        print(recipe, config.run_dir or "", int(config.timeout_s), sep="\n")
-        return 0
-    # NCCL would abort the process before anybody can name the rank that failed; the watchdog judges.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lost connections come with a C++ stack; we name the rank
-    from mnist_dist.commands.train import plan, train
-
-    if options.dry_run:
-        print(plan(config, env.world_size), end="")
-        return 0
-    return train(config, recipe, env)
+    return config, recipe
 
 
 def flush_output() -> None:

@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import TracebackType
@@ -104,15 +104,24 @@ class Hosts:
                 self.run(ROUTER, "ip", "rule", "del", *rule)
 
     def start(
-        self, places: Sequence[str], arguments: Sequence[object], log: Path, **environment: str
+        self,
+        places: Sequence[str],
+        arguments: Sequence[object],
+        log: Path,
+        changes: Mapping[int, Callable[[], None]] | None = None,
+        **environment: str,
     ) -> list[ForkServerProcess]:
-        """Start `mnist-dist VERB ...` once a rank, each on its machine; they meet on the first one's."""
+        """Start `mnist-dist VERB ...` once a rank, each on its machine; they meet on the first one's.
+
+        `changes` has what is to be done in the process of a rank before it begins.
+        """
         processes = []
         for rank, name in enumerate(places):
             variables = rank_environment(rank, len(places), MASTER_PORT)
             variables |= {"MASTER_ADDR": self.addresses[places[0]], "LOCAL_RANK": str(places[:rank].count(name))}
             variables |= {"LOCAL_WORLD_SIZE": str(places.count(name))} | environment
-            processes.append(start_verb(arguments, log, functools.partial(become_on, self.inits[name]), **variables))
+            target = functools.partial(become_on, self.inits[name], (changes or {}).get(rank))
+            processes.append(start_verb(arguments, log, target, **variables))
         return processes
 
     def _switch_on(self, name: str) -> None:
@@ -144,7 +153,14 @@ class Hosts:
             self.run(name, "ip", "route", "add", "default", "via", ROUTER_ADDRESS)
 
 
-def become_on(init: int, arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+def become_on(
+    init: int,
+    change: Callable[[], None] | None,
+    arguments: list[str],
+    folder: Path,
+    log: Path,
+    environment: dict[str, str],
+) -> None:
     """In a forked process: be what `python train.py` would be on the machine with that first process."""
     libc = ctypes.CDLL(None, use_errno=True)
     descriptors = [os.open(f"/proc/{init}/ns/{kind}", os.O_RDONLY) for kind in _NAMESPACES]
@@ -155,6 +171,8 @@ def become_on(init: int, arguments: list[str], folder: Path, log: Path, environm
     if child := os.fork():  # only a child lives in the machine's own list of processes, as its /proc has it
         os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) % 256)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if change:
+        change()
     become(arguments, folder, log, environment)
 
 

@@ -46,13 +46,14 @@ class LaunchEnv:
             )
         return self.master_addr, int(self.master_port)
 
-    def exit_code(self, code: int) -> int:
-        """The exit code with which this rank's process ends.
+    def exit_code(self, code: int, *, has_verdict: bool = False) -> int:
+        """The exit code with which this rank's process ends; with a verdict, 1 is no failure of a rank either.
 
         A launcher takes every code but 0 for a failure: it prints a traceback, starts the ranks again, and ends with 1.
         So the scripts name a file, into which rank 0 writes what is no failure of a rank: finished, refused, stopped.
         """
-        if self.exit_code_file is None or code not in (FINISHED, RequestError.exit_code, STOPPED):
+        ordinary = (FINISHED, RequestError.exit_code, STOPPED, *([1] if has_verdict else []))
+        if self.exit_code_file is None or code not in ordinary:
             return code
         if self.rank == 0:
             try:

@@ -4,9 +4,11 @@ gloo and NCCL connect the ranks with each other on any free port. Where a firewa
 they wait for minutes and name nobody. So each rank listens where gloo will, and some others connect, within seconds.
 """
 
+import contextlib
 import errno
 import os
 import socket
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -39,6 +41,14 @@ def interfaces() -> list[Interface]:
                 if a.family == family and not a.address.startswith("fe80")
             ]
     return sorted(found, key=lambda i: (is_loopback(i.address), ":" in i.address, i.name))
+
+
+def time_lookup(host: str) -> float:
+    """Seconds that looking a host up takes, its address and the name of that, whether or not they are found."""
+    began_s = time.monotonic()
+    with contextlib.suppress(OSError):  # a name that leads nowhere is said where it is used
+        socket.getnameinfo(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][4], 0)
+    return time.monotonic() - began_s
 
 
 def is_loopback(address: str) -> bool:

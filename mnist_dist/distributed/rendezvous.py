@@ -4,7 +4,6 @@ There they compare what they were asked for, and what they run; a rank that diff
 watches them.
 """
 
-import contextlib
 import datetime
 import functools
 import json
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from mnist_dist.config.schema import MAY_DIFFER, Config
 from mnist_dist.distributed.device import choose_device
 from mnist_dist.distributed.launch_env import LaunchEnv
-from mnist_dist.distributed.preflight import group_address, is_loopback, listen, try_peers
+from mnist_dist.distributed.preflight import group_address, is_loopback, listen, time_lookup, try_peers
 from mnist_dist.distributed.watchdog import Watchdog
 from mnist_dist.errors import JobError, RequestError, RunError
 from mnist_dist.versions import code_hash, library_versions
@@ -53,7 +52,7 @@ def meet_ranks(config: Config, env: LaunchEnv) -> Meeting | None:
         refusal = str(error)  # the others would wait for this rank: it tells them first
     if env.world_size == 1:
         return None
-    warn_of_slow_lookup(*env.master())
+    warn_of_slow_lookup(env.master()[0])
     store = connect_store(env, config.timeout_s, hosting=env.rank == 0 and not env.launcher_hosts_store)
     with listen(address or "127.0.0.1") as listener:
         place = [address, listener.getsockname()[1]]
@@ -71,12 +70,9 @@ def meet_ranks(config: Config, env: LaunchEnv) -> Meeting | None:
     return Meeting(store, watchdog)
 
 
-def warn_of_slow_lookup(host: str, port: int) -> None:
+def warn_of_slow_lookup(host: str) -> None:
     """Say where a name server makes each connection slow: the store looks the address up, and its name."""
-    began_s = time.monotonic()
-    with contextlib.suppress(OSError):  # a name that leads nowhere is said where it is used
-        socket.getnameinfo(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4], 0)
-    if (took_s := time.monotonic() - began_s) > SLOW_LOOKUP_S:
+    if (took_s := time_lookup(host)) > SLOW_LOOKUP_S:
         print(
             f"mnist-dist: looking up MASTER_ADDR={host} took {took_s:.0f} s on {socket.gethostname()}; its name server "
             "is slow or does not answer: mend /etc/resolv.conf, or add the hosts to /etc/hosts",

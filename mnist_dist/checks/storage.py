@@ -1,0 +1,83 @@
+"""The run directory's file system and the dataset: work for a guarded child, since a file server may hang."""
+
+import fcntl
+import os
+import shutil
+import time
+from pathlib import Path
+
+from mnist_dist.checks.guard import Report
+from mnist_dist.config.schema import Config
+from mnist_dist.data.dataset import load_dataset
+from mnist_dist.data.download import dataset_file
+from mnist_dist.errors import JobError
+
+DEFAULT_FOLDER = Path("runs")  # where run directories are made
+HELD_S = 60.0  # how long a lock is held at most: the child that holds it is killed before
+SEEN_S = 3.0  # how long a host may need to see another's new file
+
+
+def existing_parent(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    folder = folder.absolute()
+    return folder if folder.is_dir() else existing_parent(folder.parent)
+
+
+def hold_nonce(path: Path, nonce: str, report: Report) -> None:
+    """Write a file as a checkpoint is written: beside its place, synced, renamed. Then hold a lock on it.
+
+    Reports "free", the bytes that are left, once the lock is held. Raises OSError.
+    """
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with temporary.open("w") as file:
+            file.write(nonce)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        with path.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            report("free", shutil.disk_usage(path.parent).free)
+            time.sleep(HELD_S)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_nonce(path: Path, nonce: str, report: Report) -> None:
+    """Report whether what another host wrote is "seen", and whether its lock "holds" here."""
+    deadline_s = time.monotonic() + SEEN_S
+    seen = False
+    while not seen and time.monotonic() < deadline_s:
+        try:
+            seen = path.read_text() == nonce
+        except OSError:
+            time.sleep(0.1)
+    report("seen", seen)
+    if not seen:
+        return
+    with path.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            report("holds", False)
+        except OSError:
+            report("holds", True)
+
+
+def remove_nonce(path: Path, _report: Report) -> None:
+    """Delete the file again."""
+    path.unlink(missing_ok=True)
+
+
+def do_nothing(_report: Report) -> None:
+    """What a rank does that holds no lock."""
+
+
+def read_data(config: Config, report: Report) -> None:
+    """Report the "fingerprint" of the dataset, None where it is not there, or why it cannot be read: "unreadable"."""
+    if not dataset_file(config.dataset, config.data_dir).exists():
+        report("fingerprint", None)
+        return
+    try:
+        report("fingerprint", load_dataset(config.dataset, config.data_dir).fingerprint)
+    except JobError as error:
+        report("unreadable", str(error))

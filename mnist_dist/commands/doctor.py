@@ -1,0 +1,342 @@
+"""The verb `doctor`: can this set-up train at all? Under any launcher, with all ranks, in seconds.
+
+Each rank gathers facts and tries things, each within a deadline; rank 0 judges them and speaks. What may hang is done
+in a child process. Whatever is broken, all ranks end, and the verdict names what was found.
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.text import Text
+
+from mnist_dist.checks import device, judge, network, storage
+from mnist_dist.checks.board import Board, RankZeroLostError
+from mnist_dist.checks.facts import find_place, gather_facts
+from mnist_dist.checks.findings import CHECKS, Finding, Status, find, to_json, worst
+from mnist_dist.checks.guard import Guarded, run_guarded
+from mnist_dist.config.schema import Config
+from mnist_dist.distributed.launch_env import LaunchEnv
+from mnist_dist.distributed.preflight import choose_peers
+from mnist_dist.distributed.rendezvous import connect_store
+from mnist_dist.errors import RunError
+
+JOIN_S = 30.0  # in which all ranks must have come: they import torch, from a slow file server perhaps
+ANSWER_S = 6.0  # for what takes a moment
+STORAGE_S = 6.0  # for a file server
+DEVICE_S = 20.0  # for a device, its start included
+EXCHANGE_S = 15.0  # for a group of collectives, its start included
+LEAVE_S = 2.0  # how long rank 0 keeps its store for the others
+BETWEEN_HOSTS = ("reachability", "mtu", "clock", "links")
+COLOURS = {Status.FAIL: "bold red", Status.WARN: "yellow", Status.SKIP: "cyan", Status.PASS: "green"}
+
+
+def run(options: argparse.Namespace, config: Config, env: LaunchEnv) -> int:
+    """Check the set-up for a request: 0, or 1 where a check failed. Raises RequestError, RunError."""
+    began_s = time.monotonic()
+    store = None
+    if env.world_size > 1:
+        store = connect_store(env, JOIN_S, hosting=env.rank == 0 and not env.launcher_hosts_store)
+        store = dist.PrefixStore("doctor", store)
+    doctor = Doctor(config, env, Board(store, env.rank, env.world_size))
+    try:
+        doctor.examine()  # collective
+        codes = doctor.board.gather("verdict", int(worst(doctor.findings) == Status.FAIL), ANSWER_S)
+    except RankZeroLostError:
+        raise RunError(f"rank 0, at {':'.join(map(str, env.master()))}, does not answer: look at its host") from None
+    if env.rank == 0:
+        doctor.speak(time.monotonic() - began_s, as_json=options.json)
+        doctor.board.leave(LEAVE_S)
+    else:
+        doctor.board.leave(0)
+    return int(codes[0])
+
+
+class Doctor:
+    """One rank's part of the examination, and on rank 0 what was found."""
+
+    def __init__(self, config: Config, env: LaunchEnv, board: Board) -> None:
+        """`board` is where the ranks leave their results."""
+        self.config, self.env, self.board = config, env, board
+        self.findings: list[Finding] = []
+        self.facts: list[dict[str, Any] | None] = []  # of each rank; None where it did not come
+        self.places: list[dict[str, Any] | None] = []  # the same, of what it told first; on rank 0
+        self.devices: list[str] = []
+        self.figures: list[str] = []
+        self.not_needed: dict[str, str] = {}  # checks, and why
+
+    def examine(self) -> None:
+        """All checks, in an order in which each may rely on those before. Collective. Raises RankZeroLostError."""
+        responder = network.Responder()
+        place = find_place(self.env) | {"port": responder.port}
+        if self.env.world_size > 1 and self.large_packets_stall(place):  # collective
+            return
+        mine = place | gather_facts(self.config, self.env)
+        self.facts = self.board.gather("facts", mine, JOIN_S)  # collective
+        self.hosts = [one["host"] if one else None for one in self.facts]
+        self.leaders = network.leaders(self.hosts)
+        self.findings += judge.judge_requests(self.facts)
+        self.findings += judge.judge_sameness(self.facts)
+        self.findings += judge.judge_names(self.facts)
+        self.findings += judge.judge_cores(self.facts)
+        self.findings += judge.judge_limits(self.facts)
+        self.findings += judge.judge_gpus(self.facts)
+        self.findings += judge.judge_kernel_log(self.facts)
+        if len(self.leaders) > 1:
+            if why := self.what_failed("names", "request"):
+                self.skip(("reachability", "mtu", "clock"), why)
+            else:
+                self.examine_network()  # collective
+        else:
+            self.not_needed |= dict.fromkeys(BETWEEN_HOSTS, "one host")
+        if not any(one["gpus"] or one["gpu_problem"] for one in self.facts if one):
+            self.not_needed["gpus"] = "no GPU"
+        self.examine_run_directory()  # collective
+        self.examine_data()  # collective
+        self.examine_devices()  # collective
+        if self.env.world_size == 1:
+            self.not_needed |= dict.fromkeys(("exchange", "speed"), "one rank")
+        elif why := self.what_failed("names", "reachability", "mtu", "compute", "request"):
+            self.skip(("exchange",), why)
+        else:
+            self.examine_exchange()  # collective
+        if len(self.leaders) > 1:
+            if why := self.what_failed("names", "reachability", "mtu", "request"):
+                self.skip(("links",), why)
+            else:
+                self.examine_links()  # collective
+        self.findings += self.judge_ranks()
+        responder.close()
+
+    def large_packets_stall(self, place: dict[str, Any]) -> bool:
+        """Whether a rank cannot send rank 0 more than a packet: then nothing else here would come through. Collective.
+
+        So all that the ranks tell each other before is small.
+        """
+        if self.env.rank == 0:
+            self.board.show("first", place)
+        first = self.board.read("first", JOIN_S)
+        self.facts = [first]
+        place["stalls"] = bool(self.env.rank and self.try_peer(0, network.large_packets_stall))
+        places = self.board.collect("place", place, JOIN_S)  # collective
+        if self.env.rank == 0:
+            stalls = [[0] if one and one["stalls"] else [] for one in places]
+            self.facts = self.places = places
+            self.board.show("stalls", any(stalls))
+        if not self.board.read("stalls", JOIN_S + ANSWER_S):
+            return False
+        if self.env.rank == 0:
+            self.hosts = [one["host"] if one else None for one in places]
+            self.findings += judge.judge_mtu(places, stalls) + self.judge_ranks()
+        self.skip([check for check in CHECKS if check not in ("ranks", "mtu")], "mtu failed")
+        return True
+
+    def skip(self, checks: Sequence[str], why: str) -> None:
+        """Note that checks cannot be done."""
+        self.findings.append(find("skipped", check=", ".join(checks), why=why))
+
+    def what_failed(self, *checks: str) -> str:
+        """Why a check cannot be done, in words, or the empty string. The same on every rank."""
+        if self.board.silent:
+            return "a rank did not come"
+        failed = {f.check for f in self.findings if f.status == Status.FAIL}
+        return next((f"{check} failed" for check in checks if check in failed), "")
+
+    def examine_network(self) -> None:
+        """Reachability of ranks, large packets and clocks of hosts. Collective."""
+        tries, facts = [], self.facts
+        for peer in choose_peers(self.env.rank, self.env.world_size):
+            other = facts[peer]
+            if other and other["address"]:
+                why, answering = network.find_ways(other, other["address"])
+                if why:
+                    tries.append([peer, other["address"], why, answering])
+        deadline_s = ANSWER_S + 2 * len(choose_peers(0, self.env.world_size))
+        self.findings += judge.judge_reachability(facts, self.board.gather("reachability", tries, deadline_s))
+        stalls, clock = [], None
+        if self.env.rank in self.leaders:
+            blocked = {peer for peer, *_ in tries}
+            place = self.leaders.index(self.env.rank)
+            peers = [self.leaders[i] for i in choose_peers(place, len(self.leaders))]
+            for peer in peers:
+                if peer not in blocked and self.try_peer(peer, network.large_packets_stall):
+                    stalls.append(peer)
+            if place and 0 not in blocked:
+                clock = self.try_peer(0, network.read_clock)
+        self.findings += judge.judge_mtu(facts, self.board.gather("mtu", stalls, 2 * ANSWER_S))
+        self.findings += judge.judge_clocks(facts, self.board.gather("clock", clock, ANSWER_S))
+
+    def try_peer(self, peer: int, measure: Any) -> Any:
+        """Measure something over a connection to a rank; None where there is none."""
+        other = self.facts[peer]
+        if not other:
+            return None
+        try:
+            with network.connect(other["address"], other["port"]) as connection:
+                return measure(connection)
+        except OSError:
+            return None
+
+    def examine_run_directory(self) -> None:
+        """Can rank 0 write there, and do the other hosts see it? Collective."""
+        folder = (self.config.run_dir or storage.DEFAULT_FOLDER).absolute()
+        nonce = uuid.uuid4().hex if self.env.rank == 0 else ""
+        parent = storage.existing_parent(folder)
+        name, nonce = self.board.gather("nonce", [str(parent / f".mnist-dist-{nonce[:8]}"), nonce], ANSWER_S)[0]
+        path = Path(name)
+        is_holder = self.env.rank == 0
+        with Guarded(functools.partial(storage.hold_nonce, path, nonce) if is_holder else storage.do_nothing) as holder:
+            held = holder.collect(STORAGE_S, until="free")
+            held = self.board.gather("held", held, STORAGE_S + ANSWER_S)[0]
+            seen = None
+            if self.env.rank in self.leaders and self.env.rank and "free" in held:
+                seen = run_guarded(functools.partial(storage.read_nonce, path, nonce), STORAGE_S)
+            results = self.board.gather("seen", seen, STORAGE_S + ANSWER_S)
+        if is_holder:
+            run_guarded(functools.partial(storage.remove_nonce, path), STORAGE_S)
+        self.findings += judge.judge_run_directory(self.facts, held, results, str(parent), STORAGE_S)
+
+    def examine_data(self) -> None:
+        """Has each host the same dataset? Collective."""
+        data = None
+        if self.env.rank in self.leaders:
+            data = run_guarded(functools.partial(storage.read_data, self.config), STORAGE_S + ANSWER_S)
+        results = self.board.gather("data", data, STORAGE_S + 2 * ANSWER_S)
+        dataset, folder = self.config.dataset, str(self.config.data_dir)
+        self.findings += judge.judge_data(self.facts, results, dataset, folder)
+
+    def examine_devices(self) -> None:
+        """Does each device compute right, and as fast as the others? Collective."""
+        self.board.gather("devices begin", None, ANSWER_S)  # so that all measure at the same time
+        reports = run_guarded(functools.partial(device.check_device, self.env), DEVICE_S)
+        results = self.board.gather("devices", reports, DEVICE_S + ANSWER_S)
+        self.findings += judge.judge_devices(self.facts, results, DEVICE_S)
+        self.devices = sorted({reports["device"] for reports in results if reports and "device" in reports})
+
+    def examine_exchange(self) -> None:
+        """Is a sum over the ranks one? Collective."""
+        work = functools.partial(device.check_exchange, self.env)
+        reports = run_guarded(work, EXCHANGE_S)
+        results = self.board.gather("exchange", reports, EXCHANGE_S + ANSWER_S)
+        self.findings += judge.judge_exchange(self.facts, results, EXCHANGE_S)
+        self.findings += judge.judge_transport(self.facts, results)
+
+    def examine_links(self) -> None:
+        """How fast are the hosts' connections? Collective."""
+        links, latencies = {}, []
+        for number, pairs in enumerate(network.pair_rounds(len(self.leaders))):
+            mine = None
+            for first, second in pairs:
+                if self.leaders[first] == self.env.rank:
+                    mine = self.try_peer(self.leaders[second], network.measure_link)
+            results = self.board.gather(f"links {number}", mine, 3 * ANSWER_S)
+            for first, second in pairs:
+                one, other = self.hosts[self.leaders[first]], self.hosts[self.leaders[second]]
+                if (measured := results[self.leaders[first]]) and one and other:
+                    latencies.append(measured[0])
+                    links[one, other] = measured[1]
+        hosts = [host for host in dict.fromkeys(self.hosts) if host]
+        self.findings += judge.judge_links(hosts, links)
+        if links:
+            slowest, fastest = min(links.values()) / 1e6, max(links.values()) / 1e6
+            self.figures.append(
+                f"links: {slowest:,.0f} to {fastest:,.0f} Mbit/s, {1e3 * min(latencies):.2f} to "
+                f"{1e3 * max(latencies):.2f} ms there and back ({len(links)} pairs of hosts, TCP)"
+            )
+
+    def judge_ranks(self) -> list[Finding]:
+        """Ranks that never came, or stopped answering."""
+        absent = [rank for rank, where in self.board.silent.items() if where == "place"]
+        findings = []
+        if absent:
+            host, port = self.env.master()
+            words = {"size": self.env.world_size, "seconds": JOIN_S, "ranks": ", ".join(map(str, absent))}
+            findings.append(find("ranks.missing", **words, place=f"{host}:{port}", host=host, port=port))
+        for rank, where in self.board.silent.items():
+            if self.places and (one := self.places[rank]):
+                findings.append(find("ranks.silent", [one["host"]], who=judge.who(one), check=where))
+        return findings
+
+    def statuses(self) -> dict[str, Status]:
+        """How each check ended, but for those that are not needed."""
+        return {
+            check: worst([f for f in self.findings if check in f.check.split(", ")])
+            for check in CHECKS
+            if check not in self.not_needed
+        }
+
+    def speak(self, seconds: float, *, as_json: bool) -> None:
+        """Print what was found, the guilty first and the verdict last."""
+        findings = sorted(
+            self.findings, key=lambda f: (list(Status).index(f.status), list(CHECKS).index(f.check.split(", ")[0]))
+        )
+        statuses, verdict = self.statuses(), worst(findings)
+        failed = [check for check, status in statuses.items() if status == Status.FAIL]
+        if as_json:
+            content = {
+                "verdict": "FAIL" if failed else "PASS",
+                "seconds": seconds,
+                "checks": statuses,
+                "not_needed": self.not_needed,
+                "findings": [to_json(finding) for finding in findings],
+                "figures": self.figures,
+                "ranks": self.facts,
+            }
+            print(json.dumps(content))
+            return
+        console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        hosts = list(dict.fromkeys(host for host in self.hosts if host))
+        names = ", ".join(hosts[:8]) + (" ..." if len(hosts) > 8 else "")
+        count = f"{self.env.world_size} rank{'s' * (self.env.world_size > 1)}"
+        console.print(
+            f"doctor: {count} on {len(hosts)} host{'s' * (len(hosts) > 1)} ({names}), {self.describe_devices()}"
+        )
+        for finding in findings:
+            print_row(console, finding.status, f"{finding.check}: {finding.text}")
+            console.print(f"      cause: {finding.cause}", style="dim" if sys.stdout.isatty() else None)
+            console.print(f"      cure:  {finding.cure}")
+        if passed := [check for check, status in statuses.items() if status == Status.PASS]:
+            print_row(console, Status.PASS, ", ".join(passed))
+        if self.not_needed:
+            words = ", ".join(f"{check} ({why})" for check, why in self.not_needed.items())
+            console.print(f"      not needed: {words}")
+        for figure in self.figures:
+            console.print(f"      {figure}")
+        words = f"FAIL: {', '.join(failed)}" if failed else "PASS"
+        warnings = [check for check, status in statuses.items() if status == Status.WARN]
+        if warnings:
+            words += f", with warnings: {', '.join(warnings)}"
+        console.print(Text(f"verdict: {words} (after {seconds:.0f} s)", style=COLOURS[verdict]))
+        console.print(f"next: {self.advise(findings, hosts)}")
+
+    def describe_devices(self) -> str:
+        """What the ranks compute on."""
+        return ", ".join(self.devices) or "no device answered"
+
+    def advise(self, findings: list[Finding], hosts: list[str]) -> str:
+        """What can be done now."""
+        failed = [finding for finding in findings if finding.status == Status.FAIL]
+        if not failed:
+            return "mnist-dist verify, started in the same way, shows whether it trains right"
+        guilty = list(dict.fromkeys(host for finding in failed if len(finding.hosts) == 1 for host in finding.hosts))
+        healthy = [host for host in hosts if host not in guilty]
+        if guilty and healthy and len(hosts) > 1:
+            exclude = (
+                f"sbatch --exclude={','.join(guilty)} slurm/train.sh ..., or " if "SLURM_JOB_ID" in os.environ else ""
+            )
+            return f"without {', '.join(guilty)} it can train: {exclude}start it on {', '.join(healthy)} alone"
+        return "mend the first row, and run this again"
+
+
+def print_row(console: Console, status: Status, text: str) -> None:
+    """One row, its status in colour."""
+    console.print(Text.assemble((f"{status:<6}", COLOURS[status]), text))
