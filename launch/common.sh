@@ -14,7 +14,7 @@ take_verb() { # arguments of the script
   verb=train
   case ${1:-} in
     evaluate | fetch) exec "$python" "$train" "$@" ;;
-    train | doctor) verb=$1 && shift ;;
+    train | doctor | verify) verb=$1 && shift ;;
   esac
   arguments=("$@")
 }

@@ -23,10 +23,11 @@ from mnist_dist.run import stop
 VERBS = {
     "train": "train a network",
     "doctor": "can this set-up train at all? checks hosts, network, devices and folders, with all ranks",
+    "verify": "does it train right? compares bits: each rank alone, all together, again, resumed; plants faults",
     "evaluate": "exact loss, accuracy and confusion matrix of a run, a checkpoint or a file of weights",
     "fetch": "bring a dataset to this machine, so that training needs no network",
 }
-RANKED = ("train", "doctor")  # the verbs that a launcher starts once a rank
+RANKED = ("train", "doctor", "verify")  # the verbs that a launcher starts once a rank
 EXAMPLES = """\
 examples:
   accelerate launch train.py                            the CNN, on every GPU here, or the CPU
@@ -71,7 +72,15 @@ def make_parser() -> argparse.ArgumentParser:
         "doctor.\n"
         "The request is training's; data_dir, dataset and run_dir are looked at. Exit code 1 where a check failed."
     )
-    doctor.add_argument("--json", action="store_true", help="print one JSON object with everything that was measured")
+    verify = verbs["verify"]
+    verify.usage = "%(prog)s [-h] [--json] [--plant] [seed=N] [precision=...]"
+    verify.epilog = (
+        "Start it as training is started: launch/local.sh verify, launch/node.sh verify, sbatch slurm/train.sh "
+        "verify.\nIt trains both networks on drawn digits. Exit code 1 where something differs."
+    )
+    for checker in (doctor, verify):
+        checker.add_argument("--json", action="store_true", help="print one JSON object with everything")
+    verify.add_argument("--plant", action="store_true", help="only plant faults, each several times")
     evaluate = verbs["evaluate"]
     evaluate.usage = "%(prog)s [-h] [--json] RUN [key=value ...]"
     evaluate.epilog = (

@@ -52,14 +52,19 @@ fi
 verb=train
 case ${1:-} in
   train) shift ;;
-  evaluate | fetch) verb=$1 ;; # which need no ranks
+  evaluate | fetch | doctor | verify) verb=$1 ;;
+esac
+case $verb in
+  train) kind=run ;;
+  doctor | verify) kind=verdict ;; # of all ranks, on nothing that needs to be kept
+  *) kind=alone ;;                 # without ranks
 esac
 run_dir=""
 for argument in "$@"; do
   [[ $argument != run_dir=* ]] || run_dir=${argument#*=}
 done
 arguments=("$@")
-if [ -z "$run_dir" ] && [ "$verb" = train ]; then # the same after a requeue
+if [ -z "$run_dir" ] && [ $kind = run ]; then # the same after a requeue
   run_dir=runs/${SLURM_JOB_NAME:-mnist-dist}-$job
   arguments+=("run_dir=$run_dir")
 fi
@@ -122,8 +127,13 @@ once=("${container[@]}")
 if [ -n "${SRUN_OPTIONS:-}" ]; then
   once=(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --export=ALL "${srun_options[@]}" "${container[@]}")
 fi
-if [ "$verb" != train ]; then
+if [ $kind = alone ]; then
   "${once[@]}" "$PYTHON" "$root/train.py" "${arguments[@]}"
+  exit
+fi
+if [ $kind = verdict ] && [ -z "${DRY_RUN:-}" ]; then
+  say "job $job on ${SLURM_JOB_NODELIST:-$(hostname)}; ranks: $world_size, $NPROC on each node; they meet at $MASTER_ADDR:$MASTER_PORT"
+  "${step[@]}"
   exit
 fi
 request=("${once[@]}" env RANK=0 WORLD_SIZE="$world_size" "$PYTHON" "$root/train.py" --check "${arguments[@]}")

@@ -1,4 +1,4 @@
-"""Everything that `doctor` can say about a set-up: each sentence with its cause and its cure.
+"""Everything that `doctor` and `verify` can say: each sentence with its cause and its cure.
 
 docs/DOCTOR.md lists the same sentences, which a test compares.
 """
@@ -38,6 +38,17 @@ CHECKS = {
     "links": "all connections between hosts are about equally fast",
     "gpus": "no GPU reports errors or throttling, and GPUs read each other's memory",
     "kernel log": "the kernel reports no hardware errors",
+}
+
+# What verify compares.
+COMPARISONS = {
+    "alone": "each rank, training by itself, gets the same bits as the others",
+    "together": "the ranks together get the bits of one rank alone",
+    "again": "a second time they get the same bits",
+    "resumed": "stopped, saved and gone on with, they get the same bits",
+    "images": "each image is used once an epoch, and each test image counted once",
+    "pace": "no rank is far slower than the others",
+    "planted": "the faults that were planted were found",
 }
 
 
@@ -441,5 +452,127 @@ SENTENCES = {
         "on {num_hosts} hosts an ordinary user may not read it",
         "kernel.dmesg_restrict is 1",
         "for the administrator: dmesg --level=err,crit,alert,emerg | grep -iE 'xid|nvlink|mce|hardware error|ecc'",
+    ),
+    "alone.differs": Sentence(
+        "alone",
+        Status.FAIL,
+        "{who}, training {model} by itself, differs from the other ranks from step {step} on: {kind} of {parameter}",
+        "its processor, GPU or memory computes wrongly, or it has another library",
+        "take this host out of the job and have its hardware tested; mnist-dist doctor compares the libraries",
+    ),
+    "start.differs": Sentence(
+        "together",
+        Status.FAIL,
+        "{who} begins {model} with other weights, first in {parameter}",
+        "it draws its weights from another seed, or from another version of torch",
+        "seed every rank alike; mnist-dist doctor compares the versions",
+    ),
+    "images.of_another": Sentence(
+        "together",
+        Status.FAIL,
+        "{who} trains {model} on the images of {other} at step {step}",
+        "the sampler was given another rank, or the batch was cut twice",
+        "give the sampler this rank and the world size, and cut a batch once",
+    ),
+    "images.differ": Sentence(
+        "together",
+        Status.FAIL,
+        "{who} trains {model} on other images than it should at step {step}",
+        "the order of the images depends on something else than seed and epoch",
+        "draw the order from the seed and the epoch alone, alike on all ranks",
+    ),
+    "order.repeats": Sentence(
+        "together",
+        Status.FAIL,
+        "{who} repeats the order of an earlier epoch, {model}, step {step}",
+        "the sampler was not told of the new epoch (set_epoch)",
+        "tell the sampler of each epoch",
+    ),
+    "gradient.differs": Sentence(
+        "together",
+        Status.FAIL,
+        "{who} computed another gradient of {parameter} than it did alone, {model}, step {step}, from the same weights "
+        "and images",
+        "its processor, GPU or memory computes wrongly now and then",
+        "take this host out of the job and have its hardware tested",
+    ),
+    "exchange.skipped": Sentence(
+        "together",
+        Status.FAIL,
+        "{who} went on with its own gradients at step {step} of {model}, not with the sum over the ranks",
+        "an exchange was left out on this rank (no_sync, a condition on the rank)",
+        "let every rank take part in each exchange, and use its result",
+    ),
+    "exchange.garbage": Sentence(
+        "together",
+        Status.FAIL,
+        "{who} got a wrong sum over the ranks at step {step} of {model}, first in {parameter}; all that went into it "
+        "was right",
+        "a network card, driver or library changes what it carries",
+        "try NCCL_P2P_DISABLE=1, then NCCL_IB_DISABLE=1; take this host out of the job",
+    ),
+    "weights.differ": Sentence(
+        "together",
+        Status.FAIL,
+        "{who} holds another {parameter} after step {step} of {model}, though it was updated with the right gradients",
+        "its memory changed a bit, or its optimizer differs",
+        "take this host out of the job and have its memory tested",
+    ),
+    "losses.differ": Sentence(
+        "together",
+        Status.FAIL,
+        "{who} has the loss {loss:.6f} at step {step} of {model}, one rank alone {usual:.6f}: more than rounding "
+        "explains",
+        "ranks train on other images, or an exchange is wrong",
+        "run this on a power of two of ranks on hosts of one kind, where bits are compared and the step is named",
+    ),
+    "run.failed": Sentence(
+        "together",
+        Status.FAIL,
+        "the run of {model} ended: {why}",
+        "the training job itself found it",
+        "do what the sentence says",
+    ),
+    "again.differs": Sentence(
+        "again",
+        Status.FAIL,
+        "{who} got another {parameter} when the ranks trained {model} a second time ({step} steps)",
+        "something computes or carries wrongly now and then, or is not deterministic",
+        "run this again; if another rank is named each time, look at the network, else at that host",
+    ),
+    "resumed.differs": Sentence(
+        "resumed",
+        Status.FAIL,
+        "{who} got another {parameter} after {model} was stopped, saved and gone on with ({step} steps)",
+        "the checkpoint does not hold all that training depends on, or was changed on its way",
+        "look at the file system of TMPDIR, and at the memory of that host",
+    ),
+    "images.not_once": Sentence(
+        "images",
+        Status.FAIL,
+        "in epoch {epoch} of {model} {twice} images were used more than once and {never} never",
+        "the ranks' shards overlap, or do not cover the dataset",
+        "cut each global batch once, by rank and world size",
+    ),
+    "evaluation.not_once": Sentence(
+        "images",
+        Status.FAIL,
+        "{who} counted {counted} test images of {images} when it evaluated {model}",
+        "evaluation is sharded with padding, or an image is there twice",
+        "evaluate each test image once, on one rank, or leave the padding out of the count",
+    ),
+    "rank.slow": Sentence(
+        "pace",
+        Status.WARN,
+        "{who} takes {ratio:.0f} times as long as the ranks' median for forward and backward of {model}",
+        "other processes use its cores, or it is throttled",
+        "look at `top` on that host; mnist-dist doctor tells more",
+    ),
+    "planted.unnoticed": Sentence(
+        "planted",
+        Status.FAIL,
+        "it was not noticed that {fault} ({who}, step {step}); found instead: {instead}",
+        "verify would not notice this fault on this set-up",
+        "do not trust a PASS of verify here, and report this",
     ),
 }

@@ -6,7 +6,6 @@ in a child process. Whatever is broken, all ranks end, and the verdict names wha
 
 import argparse
 import functools
-import json
 import os
 import sys
 import time
@@ -17,13 +16,13 @@ from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.text import Text
 
 from mnist_dist.checks import device, judge, network, storage
 from mnist_dist.checks.board import Board, RankZeroLostError
 from mnist_dist.checks.facts import find_place, gather_facts
-from mnist_dist.checks.findings import CHECKS, Finding, Status, find, to_json, worst
+from mnist_dist.checks.findings import CHECKS, Finding, Status, find, worst
 from mnist_dist.checks.guard import Guarded, run_guarded
+from mnist_dist.checks.rows import print_findings, print_row, print_verdict, sort_findings, write_json_verdict
 from mnist_dist.config.schema import Config
 from mnist_dist.distributed.launch_env import LaunchEnv
 from mnist_dist.distributed.preflight import choose_peers
@@ -37,7 +36,6 @@ DEVICE_S = 20.0  # for a device, its start included
 EXCHANGE_S = 15.0  # for a group of collectives, its start included
 LEAVE_S = 2.0  # how long rank 0 keeps its store for the others
 BETWEEN_HOSTS = ("reachability", "mtu", "clock", "links")
-COLOURS = {Status.FAIL: "bold red", Status.WARN: "yellow", Status.SKIP: "cyan", Status.PASS: "green"}
 
 
 def run(options: argparse.Namespace, config: Config, env: LaunchEnv) -> int:
@@ -50,14 +48,13 @@ def run(options: argparse.Namespace, config: Config, env: LaunchEnv) -> int:
     doctor = Doctor(config, env, Board(store, env.rank, env.world_size))
     try:
         doctor.examine()  # collective
+        if env.rank == 0:  # before the others leave: a launcher ends the rest where one ends with 1
+            doctor.speak(time.monotonic() - began_s, as_json=options.json)
+            sys.stdout.flush()
         codes = doctor.board.gather("verdict", int(worst(doctor.findings) == Status.FAIL), ANSWER_S)
     except RankZeroLostError:
         raise RunError(f"rank 0, at {':'.join(map(str, env.master()))}, does not answer: look at its host") from None
-    if env.rank == 0:
-        doctor.speak(time.monotonic() - began_s, as_json=options.json)
-        doctor.board.leave(LEAVE_S)
-    else:
-        doctor.board.leave(0)
+    doctor.board.leave(LEAVE_S if env.rank == 0 else 0)
     return int(codes[0])
 
 
@@ -276,34 +273,18 @@ class Doctor:
 
     def speak(self, seconds: float, *, as_json: bool) -> None:
         """Print what was found, the guilty first and the verdict last."""
-        findings = sorted(
-            self.findings, key=lambda f: (list(Status).index(f.status), list(CHECKS).index(f.check.split(", ")[0]))
-        )
-        statuses, verdict = self.statuses(), worst(findings)
-        failed = [check for check, status in statuses.items() if status == Status.FAIL]
+        statuses = self.statuses()
         if as_json:
-            content = {
-                "verdict": "FAIL" if failed else "PASS",
-                "seconds": seconds,
-                "checks": statuses,
-                "not_needed": self.not_needed,
-                "findings": [to_json(finding) for finding in findings],
-                "figures": self.figures,
-                "ranks": self.facts,
-            }
-            print(json.dumps(content))
+            details = {"not_needed": self.not_needed, "figures": self.figures, "ranks": self.facts}
+            write_json_verdict(statuses, self.findings, seconds, details)
             return
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         hosts = list(dict.fromkeys(host for host in self.hosts if host))
         names = ", ".join(hosts[:8]) + (" ..." if len(hosts) > 8 else "")
         count = f"{self.env.world_size} rank{'s' * (self.env.world_size > 1)}"
-        console.print(
-            f"doctor: {count} on {len(hosts)} host{'s' * (len(hosts) > 1)} ({names}), {self.describe_devices()}"
-        )
-        for finding in findings:
-            print_row(console, finding.status, f"{finding.check}: {finding.text}")
-            console.print(f"      cause: {finding.cause}", style="dim" if sys.stdout.isatty() else None)
-            console.print(f"      cure:  {finding.cure}")
+        places = f"{len(hosts)} host{'s' * (len(hosts) > 1)} ({names})"
+        console.print(f"doctor: {count} on {places}, {self.describe_devices()}", markup=False)
+        print_findings(console, self.findings)
         if passed := [check for check, status in statuses.items() if status == Status.PASS]:
             print_row(console, Status.PASS, ", ".join(passed))
         if self.not_needed:
@@ -311,12 +292,8 @@ class Doctor:
             console.print(f"      not needed: {words}")
         for figure in self.figures:
             console.print(f"      {figure}")
-        words = f"FAIL: {', '.join(failed)}" if failed else "PASS"
-        warnings = [check for check, status in statuses.items() if status == Status.WARN]
-        if warnings:
-            words += f", with warnings: {', '.join(warnings)}"
-        console.print(Text(f"verdict: {words} (after {seconds:.0f} s)", style=COLOURS[verdict]))
-        console.print(f"next: {self.advise(findings, hosts)}")
+        print_verdict(console, statuses, seconds)
+        console.print(f"next: {self.advise(sort_findings(self.findings), hosts)}", markup=False)
 
     def describe_devices(self) -> str:
         """What the ranks compute on."""
@@ -335,8 +312,3 @@ class Doctor:
             )
             return f"without {', '.join(guilty)} it can train: {exclude}start it on {', '.join(healthy)} alone"
         return "mend the first row, and run this again"
-
-
-def print_row(console: Console, status: Status, text: str) -> None:
-    """One row, its status in colour."""
-    console.print(Text.assemble((f"{status:<6}", COLOURS[status]), text))
