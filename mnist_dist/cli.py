@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mnist_dist.config.parse import describe_keys, load_config
+from mnist_dist.config.paths import redact_address
 from mnist_dist.config.schema import Config
 from mnist_dist.distributed.launch_env import LaunchEnv, read_launch_env
 from mnist_dist.errors import JobError, RequestError, RunError
@@ -85,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.usage = "%(prog)s [-h] [--json] RUN [key=value ...]"
     evaluate.epilog = (
         "RUN is a run's folder, a checkpoint's, or a file of weights (.safetensors, .pt, .pth).\n"
-        "keys: dataset, data_dir, mirror, missing, validation, threads"
+        "keys: dataset, data_dir, validation, threads"
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     fetch = verbs["fetch"]
@@ -189,6 +190,7 @@ def flush_output() -> None:
 
 def complain(sentence: str) -> None:
     """Say what went wrong, and leave it where torchrun looks for it, so that its summary ends with it."""
+    sentence = redact_address(sentence)  # it may quote what was typed
     print(f"mnist-dist: {sentence}", file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": "", "timestamp": str(int(time.time()))}

@@ -1,12 +1,19 @@
-"""Paths as people write them: `~` and variables in them are expanded, wherever they come from."""
+"""Paths and addresses as people write them.
+
+`~` and variables in a path are expanded, wherever it comes from. The user name and the password in an address are used,
+and neither printed nor stored.
+"""
 
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 from mnist_dist.errors import RequestError
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
+# USER:PASSWORD@ in an address. A password may hold what ought to be written %2F, say; after a host there is a number.
+_CREDENTIALS = re.compile(r"(?<=://)(?:([^\s/?#]*)|([^\s/?#@:]*:(?!\d+(?:[\s/?#]|$)).*?))@")
 
 
 def expand_path(text: str, name: str) -> str:
@@ -30,3 +37,17 @@ def expand_path(text: str, name: str) -> str:
         except RuntimeError:
             raise RequestError(f"{name}={text} names a user that is not known here; give a path") from None
     return expanded
+
+
+def redact_address(text: str) -> str:
+    """The same text, with *** for the user name and password of each address in it."""
+    return _CREDENTIALS.sub("***@", text)
+
+
+def split_credentials(address: str) -> tuple[str, str, str]:
+    """An address without its user name and password, and these two, empty where it has none."""
+    match = _CREDENTIALS.search(address)
+    if not match or match.start() != address.find("://") + len("://"):
+        return address, "", ""
+    user, _, password = (match[1] or match[2] or "").partition(":")
+    return address[: match.start()] + address[match.end() :], unquote(user), unquote(password)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
-from mnist_dist.config.paths import expand_path
+from mnist_dist.config.paths import expand_path, redact_address
 
 
 class Config(BaseModel):
@@ -32,7 +32,9 @@ class Config(BaseModel):
         description="when the dataset is not in data_dir: download it; fail without touching the network; "
         "or try to download it and fall back to drawn digits",
     )
-    mirror: str = Field("", description="URL or folder to fetch the dataset's files from instead of its own site")
+    mirror: str = Field(
+        "", repr=False, description="URL or folder to fetch the dataset's files from instead of its own site"
+    )
     validation: Annotated[int, Field(ge=0)] = Field(
         0, description="hold out the last N training images and evaluate on them instead of the test set"
     )
@@ -134,6 +136,10 @@ class Config(BaseModel):
     def _expand(cls, value: Any, info: Any) -> Any:
         return expand_path(str(value), info.field_name) if isinstance(value, str | Path) else value
 
+    @field_serializer("mirror")
+    def _redact(self, value: str) -> str:
+        return redact_address(value)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.ema and self.ema < 0.5:
@@ -170,7 +176,7 @@ class Config(BaseModel):
         )
 
     def to_yaml(self) -> str:
-        """The whole configuration as YAML that `read_request` reads back to an equal one."""
+        """The whole configuration as YAML that `load_config` reads back to an equal one, but for a password."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
 
 

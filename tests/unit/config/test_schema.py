@@ -1,6 +1,7 @@
 """Every bad request gets one sentence that names it and exit code 2."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 
 from mnist_dist.cli import main
 from mnist_dist.config.parse import build_config, load_config
+from mnist_dist.config.paths import redact_address
 from mnist_dist.config.schema import Config
 from mnist_dist.errors import RequestError
 from tests.conftest import REPOSITORY, TRAIN, clean_environment
@@ -103,6 +105,8 @@ BAD = [
     (["data_dir=a\0b"], "NUL"),
     (["run_dir=$NO_SUCH_VARIABLE/x"], "names the variable NO_SUCH_VARIABLE, which is not set"),
     (["data_dir=${NO_SUCH_VARIABLE}"], "names the variable NO_SUCH_VARIABLE, which is not set"),
+    (["mirror=https://me:s3cret@host", "mirror=x"], "there are two values for mirror"),
+    (["https://me:s3cret@host"], "'https://***@host' is no recipe"),
     (["mirror=~no-such-user/x"], "names a user that is not known here"),
     (["keep=*anchor"], "keep=*anchor is not a whole number"),
     (["lr=[1"], "lr=[1 is not a number"),
@@ -304,6 +308,31 @@ def test_paths_are_expanded(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config_of("mirror=https://example.org/~me/$x").mirror == "https://example.org/~me/$x"  # an address
     monkeypatch.setenv("MNIST_DIST_DATA_DIR", "$SCRATCH/data")
     assert config_of().data_dir == Path("/scratch/data")
+
+
+ADDRESSES = {
+    "https://me:s3cret@host:8080/a?b=c#d": "https://***@host:8080/a?b=c#d",
+    "https://s3cret@host/~me@x": "https://***@host/~me@x",
+    "https://me:s3@cret@host/": "https://***@host/",
+    "https://me:s3/cret@host/a": "https://***@host/a",
+    "https://me:s3 cret@host/a": "https://***@host/a",
+    "https://me:s3?cret#@host/a": "https://***@host/a",
+    "http://[::1]:80/a": "http://[::1]:80/a",
+    "https://host:8080/~me@x": "https://host:8080/~me@x",
+    "https://host/a:b@c": "https://host/a:b@c",
+    "/home/me@x/mirror": "/home/me@x/mirror",
+}
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_a_password_in_an_address_is_kept_and_shown_nowhere(address: str, cwd: Path) -> None:
+    config = config_of(f"mirror={address}")
+    assert config.mirror == address
+    assert redact_address(address) == ADDRESSES[address]
+    assert redact_address(f"{address} failed") == f"{ADDRESSES[address]} failed"
+    assert config.model_dump()["mirror"] == config.model_dump(mode="json")["mirror"] == ADDRESSES[address]
+    assert yaml.safe_load(config.to_yaml())["mirror"] == ADDRESSES[address]
+    assert not re.search("s3|cret", f"{config!r} {config} {config.to_yaml()} {config.model_dump_json()}")
 
 
 def test_every_key_is_described() -> None:
