@@ -223,6 +223,7 @@ def describe(trainer: Trainer, *, is_resumed: bool) -> None:
         "threads": torch.get_num_threads(),
         "processor": world.members[0].processor,
         "bit_exact": config.bit_exact,
+        "label_smoothing": config.label_smoothing,  # of the loss in the step records
         "dataset": dataset.name,
         "images": len(dataset.train.labels),
         "total_steps": trainer.total_steps,
@@ -247,6 +248,11 @@ def describe(trainer: Trainer, *, is_resumed: bool) -> None:
         f"{'going on at' if is_resumed else 'training from'} step {step} to {trainer.total_steps}, global batch "
         f"{config.batch_size}, seed {config.seed}, in {folder}"
     )
+    if config.label_smoothing:
+        logger.info(
+            f"note: the train loss is with label_smoothing={config.label_smoothing:g}, the {dataset.eval_name} loss "
+            "without, so that the two do not compare"
+        )
     check_record(trainer)
     logger.start_progress(trainer.total_steps, step)
 

@@ -440,3 +440,27 @@ def test_a_batch_of_more_than_all_images_is_refused(data_dir: Path, tmp_path: Pa
     assert result.code == 2
     assert "batch_size=1002 is more than the 1,000 training images of synthetic" in result.output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("smoothing", ["0.1", "0"])
+def test_the_label_smoothing_in_the_train_loss_is_said(smoothing: str, data_dir: Path, tmp_path: Path) -> None:
+    arguments = [*COMMON, f"data_dir={data_dir}", "max_steps=3", f"label_smoothing={smoothing}"]
+    result = run_ranks(arguments, tmp_path, world_size=2)
+    assert result.code == 0, result.output
+    note = "note: the train loss is with label_smoothing=0.1, the test loss without, so that the two do not compare\n"
+    assert result.output.count(note) == (smoothing == "0.1")
+    assert (tmp_path / "run/console.log").read_text().count(note) == (smoothing == "0.1")
+    assert metrics(tmp_path / "run", "start")[0]["label_smoothing"] == float(smoothing)
+
+
+def test_a_password_in_an_address_is_stored_nowhere(data_dir: Path, tmp_path: Path) -> None:
+    arguments = [*COMMON, f"data_dir={data_dir}", "mirror=https://me:s3cret@host/a", "max_steps=3"]
+    first = run_ranks([*arguments, "log_with=tensorboard"], tmp_path, world_size=2)
+    again = run_ranks([*arguments[:-1], "max_steps=4"], tmp_path)
+    plan = run_ranks([*arguments, "--dry-run"], tmp_path)
+    assert first.code == again.code == plan.code == 0, first.output + again.output + plan.output
+    assert "mirror: https://***@host/a\n" in plan.output
+    assert "mirror: https://***@host/a\n" in (tmp_path / "run/config.yaml").read_text()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name.startswith("events.out") for path in files)
+    assert [path for path in files if b"s3cret" in path.read_bytes()] == []
