@@ -36,7 +36,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_data(folder: Path, num_train: int = NUM_TRAIN, seed: int = 0) -> Path:
     """Fill a folder with a small dataset of drawn digits under the name synthetic, and return it."""
-    from mnist_dist.data.download import dataset_file, write_dataset
+    from mnist_dist.data.dataset import dataset_file, write_dataset
     from mnist_dist.data.synthetic import draw_digits
 
     folder.mkdir(exist_ok=True)

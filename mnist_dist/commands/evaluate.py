@@ -1,6 +1,7 @@
 """The verb `evaluate`: a finished or running run, one checkpoint, or a file of weights."""
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -16,17 +17,17 @@ from mnist_dist.config.paths import expand_path
 from mnist_dist.config.schema import Config
 from mnist_dist.config.yaml_file import read_file
 from mnist_dist.data.dataset import load_dataset
-from mnist_dist.data.download import dataset_file, fetch
+from mnist_dist.data.download import find_place, look_up
 from mnist_dist.distributed.device import usable_cores
 from mnist_dist.errors import RequestError
 from mnist_dist.models import build_model
 from mnist_dist.run import checkpoint
 from mnist_dist.run.run_dir import RunDir
-from mnist_dist.run.stop import interruptible
 from mnist_dist.run.weights import load_weights, parse_weights, read_about
 from mnist_dist.training.evaluation import Evaluation, evaluate
 
-KEYS = ("dataset", "data_dir", "mirror", "missing", "validation", "threads")
+# The last two decide nothing here: where the dataset is missing, the sentence says so and how to fetch it.
+KEYS = ("dataset", "data_dir", "validation", "threads", "mirror", "missing")
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     config = choose_config(source, overrides)
     torch.set_num_threads(config.threads or len(usable_cores()))
     model, name = build_network(source)
-    with interruptible("fetching the dataset"):
-        fetched = fetch(config.dataset, config.data_dir, mirror=config.mirror, missing=config.missing, say=print_error)
-    dataset = load_dataset(fetched, config.data_dir, config.validation)
+    look_up(config.dataset, config.data_dir, "evaluate fetches nothing; run {} first", say=print_error)
+    dataset = load_dataset(config.dataset, config.data_dir, config.validation)
     result = evaluate(model, dataset.eval_split)
     if options.json:
         low, high = result.interval()
@@ -96,8 +96,9 @@ def choose_config(source: Source, overrides: dict[str, Any]) -> Config:
     recorded = {k: v for k, v in read_file(folder.config).items() if k in ("dataset", "validation", "data_dir")}
     before = build_config(parse_values(recorded.items(), f"in {folder.config}"))
     inherited: dict[str, Any] = {"dataset": before.dataset, "validation": before.validation, **trained_on}
-    if dataset_file(str(overrides.get("dataset", inherited["dataset"])), before.data_dir).exists():
-        inherited["data_dir"] = before.data_dir
+    with contextlib.suppress(RequestError):  # the folder was that machine's; here there may be anything in its place
+        if find_place(str(overrides.get("dataset", inherited["dataset"])), before.data_dir):
+            inherited["data_dir"] = before.data_dir
     return build_config(inherited | overrides)
 
 

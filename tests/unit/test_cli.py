@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 from mnist_dist.cli import main
 from mnist_dist.config.parse import build_config
 from mnist_dist.data import download as fetch
+from mnist_dist.data import synthetic
 from mnist_dist.data.dataset import load_dataset
 from mnist_dist.data.synthetic import draw_digits
 from mnist_dist.models import build_model
 from mnist_dist.run import checkpoint
 from mnist_dist.training.evaluation import Evaluation, evaluate
 from tests.conftest import NUM_TEST, REPOSITORY, TRAIN, clean_environment
+from tests.unit.data.test_download import archives, pretend
 
 MAIN = "import sys; from mnist_dist.cli import main; sys.exit(main(sys.argv[1:]))"
 LONG = "x" * 5000  # no file system takes such a name
@@ -122,7 +124,16 @@ def run_main(
         (["evaluate", "model.safetensors", "threads=1", "threads=2"], "two values for threads"),
         (["evaluate", "model.safetensors", "validation=x"], "validation=x is not a whole number"),
         (["evaluate", "model.safetensors", "--yaml"], "there is no option --yaml"),
-        (["evaluate", "model.safetensors", "missing=fail"], "missing=fail forbids the network"),
+        (["evaluate", "model.safetensors"], "and evaluate fetches nothing; run `mnist-dist fetch dataset=mnist data_"),
+        (["evaluate", "model.safetensors", "missing=fail"], "evaluate fetches nothing"),
+        (["evaluate", "model.safetensors", "missing=synthetic"], "evaluate fetches nothing"),
+        (["evaluate", "model.safetensors", "mirror=https://a.b"], "evaluate fetches nothing"),
+        (
+            ["evaluate", "model.safetensors", "dataset=synthetic"],
+            "there is no data/synthetic.safetensors, and evaluate",
+        ),
+        (["evaluate", "model.safetensors", "data_dir=model.safetensors"], "model.safetensors is not a folder"),
+        (["evaluate", "model.safetensors", "data_dir=/proc/1"], "there is no /proc/1/MNIST/raw/train-images"),
         (["evaluate", "model.safetensors", f"data_dir={LONG}"], "File name too long"),
         (["fetch", "lr=1"], "lr is no key of this verb, which takes dataset, data_dir, mirror"),
         (["fetch", "missing=fail"], "missing is no key of this verb"),
@@ -134,8 +145,12 @@ def run_main(
         (["fetch", "--dataset", "minst"], "did you mean mnist?"),
         (["fetch", "--json"], "there is no option --json"),
         (["evaluate", "$NO_SUCH_VARIABLE"], "names the variable NO_SUCH_VARIABLE, which is not set"),
-        (["fetch", "data_dir=model.safetensors"], "data_dir=model.safetensors cannot be written (File exists)"),
+        (["fetch", "data_dir=model.safetensors"], "model.safetensors is not a folder); mend that, or give another"),
         (["fetch", "data_dir=/proc/data"], "data_dir=/proc/data cannot be written"),
+        (["fetch", "data_dir=/proc/1"], "data_dir=/proc/1 cannot be written ("),
+        (["train", "data_dir=/proc/1"], "data_dir=/proc/1 cannot be written ("),
+        (["fetch", "https://me:s3cret@a.b"], "dataset=https://***@a.b is not one of"),
+        (["fetch", "mirror", "https://me:s3cret@a.b"], "mirror has no value; write mirror=VALUE"),
         (["fetch", f"data_dir={LONG}"], "File name too long"),
     ],
     ids=lambda value: " ".join(value).replace(LONG, "xxx") if isinstance(value, list) else "",
@@ -234,7 +249,7 @@ def test_the_splits_of_a_run_can_be_overridden(
 
 def test_a_run_on_other_images_can_be_evaluated(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["evaluate", str(run_dir), "dataset=kmnist", "missing=fail"]
-    assert "missing=fail forbids the network" in refusal(arguments, capsys)  # it was kmnist that was looked for
+    assert "there is no data/KMNIST/raw/" in refusal(arguments, capsys)
 
 
 def test_a_run_is_evaluated_where_its_machines_folders_are_not(
@@ -272,6 +287,26 @@ def test_evaluating_leaves_the_run_as_it_is(run_dir: Path, capsys: pytest.Captur
     before = contents()
     printed(["evaluate", str(run_dir)], capsys)
     assert contents() == before
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_archives_are_evaluated_on_without_writing(
+    recorded: bool, run_dir: Path, cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend("kmnist", ["http://none.invalid/"], monkeypatch.setattr)
+    raw = cwd / ("elsewhere" if recorded else "data") / "KMNIST/raw"
+    raw.mkdir(parents=True)
+    for name, data in archives("kmnist").items():
+        (raw / name).write_bytes(data)
+    if recorded:
+        (run_dir / "config.yaml").write_text(build_config({"data_dir": str(cwd / "elsewhere")}).to_yaml())
+    before = sorted(cwd.rglob("*"))
+    assert main(["evaluate", str(run_dir), "dataset=kmnist", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert strict(captured.out)["dataset"] == "kmnist"
+    assert captured.err.count("\n") == 1
+    assert "kmnist is read from " in captured.err
+    assert sorted(cwd.rglob("*")) == before
 
 
 def test_the_table_for_people_has_the_same_figures(
@@ -327,7 +362,7 @@ def test_options_may_stand_before_between_and_after(run_dir: Path, capsys: pytes
 def test_fetch_brings_a_dataset_once_and_says_where_it_is(
     cwd: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(fetch, "draw_digits", lambda count, seed: draw_digits(count // 1000, seed))
+    monkeypatch.setattr(synthetic, "draw_digits", lambda count, seed: draw_digits(count // 1000, seed))
     first = printed(["fetch", "dataset=synthetic", "data_dir=here"], capsys)
     assert first == "drawing 70,000 digits, once\nsynthetic is in here/synthetic.safetensors\n"
     assert len(load_dataset("synthetic", Path("here")).train.labels) == 60
