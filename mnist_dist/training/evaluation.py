@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,16 @@ from torch import Tensor, nn
 from mnist_dist.data.dataset import Split
 
 BATCH_SIZE = 250  # images at once, which bounds the memory; the result does not depend on it beyond float rounding
+NUM_MISTAKES = 24  # to keep
+
+
+class Mistake(NamedTuple):
+    """An image that a network takes for another class."""
+
+    image: int  # its place in the split
+    true: int
+    predicted: int
+    confidence: float  # the probability that the network gives to what it predicts
 
 
 @dataclass(frozen=True)
@@ -19,6 +29,7 @@ class Evaluation:
 
     loss: float  # mean cross-entropy, nats
     confusion: Tensor  # int64 [10, 10]: true class by predicted class
+    mistakes: tuple[Mistake, ...] = ()  # the most confident ones, at most NUM_MISTAKES, the worst first
 
     @property
     def count(self) -> int:
@@ -36,15 +47,20 @@ class Evaluation:
         return self.correct / self.count
 
     def interval(self) -> tuple[float, float]:
-        """The accuracy's 95 % interval over images (Wilson 1927, score interval)."""
-        n, p, z = self.count, self.accuracy, 1.959963984540054
-        centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        scale = 1 + z * z / n
-        return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
+        """The accuracy's 95 % interval over images."""
+        return accuracy_interval(self.accuracy, self.count)
 
     def record(self) -> dict[str, Any]:
         """The figures of one `eval` line of metrics.jsonl."""
         return {"loss": self.loss, "accuracy": self.accuracy, "count": self.count}
+
+
+def accuracy_interval(accuracy: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of an accuracy, between 0 and 1, over `count` images (Wilson 1927, score interval)."""
+    n, p, z = count, accuracy, 1.959963984540054
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max((centre - half) / scale, 0.0), min((centre + half) / scale, 1.0)
 
 
 @torch.inference_mode()
@@ -53,9 +69,20 @@ def evaluate(model: nn.Module, split: Split) -> Evaluation:
     device = split.images.device
     loss = torch.zeros((), dtype=torch.float64, device=device)
     confusion = torch.zeros(100, dtype=torch.int64, device=device)
+    confidence, predicted = [], []
     model.eval()
     for images, labels in zip(split.images.split(BATCH_SIZE), split.labels.split(BATCH_SIZE), strict=True):
         logits = model(images.float() / 255)
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
-        confusion += torch.bincount(labels * 10 + logits.argmax(1), minlength=100)
-    return Evaluation(float(loss) / len(split.labels), confusion.view(10, 10).cpu())
+        predicted.append(logits.argmax(1))
+        confusion += torch.bincount(labels * 10 + predicted[-1], minlength=100)
+        confidence.append(logits.double().softmax(1).amax(1))  # many are 1 in float32
+    mistakes = find_mistakes(torch.cat(confidence).cpu(), torch.cat(predicted).cpu(), split.labels.cpu())
+    return Evaluation(float(loss) / len(split.labels), confusion.view(10, 10).cpu(), mistakes)
+
+
+def find_mistakes(confidence: Tensor, predicted: Tensor, labels: Tensor) -> tuple[Mistake, ...]:
+    """The most confident mistakes, at most NUM_MISTAKES; all three are [n], on the CPU."""
+    wrong = (predicted != labels).nonzero().flatten()
+    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:NUM_MISTAKES]
+    return tuple(Mistake(i, int(labels[i]), int(predicted[i]), float(confidence[i])) for i in worst.tolist())

@@ -109,3 +109,28 @@ def test_the_interval_lies_between_zero_and_one_and_holds_the_accuracy() -> None
             low, high = result.interval()
             assert 0 <= low <= high <= 1, (correct, count)
             assert low - 1e-12 <= result.accuracy <= high + 1e-12
+
+
+def test_the_most_confident_mistakes_come_first(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH_SIZE", 20)
+    model = build_model("mlp", seed=1)
+    with torch.no_grad():
+        probabilities = model(split.images.float() / 255).double().softmax(1)
+    wrong = [
+        (float(row.max()), image, int(split.labels[image]), int(row.argmax()))
+        for image, row in enumerate(probabilities)
+        if int(row.argmax()) != int(split.labels[image])
+    ]
+    assert len(wrong) > module.NUM_MISTAKES
+    expected = sorted(wrong, reverse=True)[: module.NUM_MISTAKES]
+    mistakes = evaluate(model, split).mistakes
+    assert [(m.image, m.true, m.predicted) for m in mistakes] == [one[1:] for one in expected]
+    assert [m.confidence for m in mistakes] == pytest.approx([one[0] for one in expected], abs=1e-6)
+
+
+def test_a_network_that_is_always_right_makes_no_mistake(split: Split) -> None:
+    class Knows(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return nn.functional.one_hot(split.labels, 10).float()
+
+    assert evaluate(Knows(), split).mistakes == ()
