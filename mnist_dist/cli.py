@@ -26,6 +26,7 @@ VERBS = {
     "doctor": "can this set-up train at all? checks hosts, network, devices and folders, with all ranks",
     "verify": "does it train right? compares bits: each rank alone, all together, again, resumed; plants faults",
     "evaluate": "exact loss, accuracy and confusion matrix of a run, a checkpoint or a file of weights",
+    "report": "a run on one page of HTML: figures, curves, mistakes; of several runs, how they compare",
     "fetch": "bring a dataset to this machine, so that training needs no network",
 }
 RANKED = ("train", "doctor", "verify")  # the verbs that a launcher starts once a rank
@@ -34,6 +35,7 @@ examples:
   accelerate launch train.py                            the CNN, on every GPU here, or the CPU
   accelerate launch train.py mlp lr=2e-3                another recipe, one key changed
   mnist-dist evaluate runs/latest
+  mnist-dist report runs/latest
   mnist-dist fetch fashion-mnist data_dir=/shared/data
 """
 
@@ -89,6 +91,15 @@ def make_parser() -> argparse.ArgumentParser:
         "keys: dataset, data_dir, validation, threads"
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    report = verbs["report"]
+    report.usage = "%(prog)s [-h] [-o FILE] RUN [RUN ...]"
+    report.epilog = "RUN is a run's folder. Nothing is fetched: the dataset is used where it is there."
+    report.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="where to write the page (default: RUN/report.html; of several runs, comparison.html beside the first)",
+    )
     fetch = verbs["fetch"]
     fetch.usage = "%(prog)s [-h] [DATASET] [key=value ...]"
     fetch.epilog = "keys: dataset, data_dir, mirror"

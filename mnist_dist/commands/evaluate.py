@@ -5,7 +5,7 @@ import contextlib
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Source:
     path: Path
     weights: dict[str, Tensor]
     dataset: str  # that they were trained on; empty where that is not known
+    training: dict[str, Any] = field(default_factory=dict)  # of a checkpoint: what training goes on with
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -79,10 +80,11 @@ def read_source(path: Path) -> Source:
     if not is_there:
         raise RequestError(f"there is no {path}; give a run's folder, a checkpoint's, or a file of weights")
     found = checkpoint.find(path, print_error)
-    dataset = checkpoint.parse_training(found.training, found.path / checkpoint.TRAINING).get("dataset", {})
+    training = checkpoint.parse_training(found.training, found.path / checkpoint.TRAINING)
+    dataset = training.get("dataset", {})
     name = dataset.get("name") if isinstance(dataset, dict) else None
     file = found.path / checkpoint.MODEL
-    return Source(file, parse_weights(found.model, file), name or "")
+    return Source(file, parse_weights(found.model, file), name or "", training)
 
 
 def choose_config(source: Source, overrides: dict[str, Any]) -> Config:

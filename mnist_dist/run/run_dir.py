@@ -3,6 +3,7 @@
 runs/NAME/
   config.yaml  versions.json      what ran, on what
   metrics.jsonl  console.log      every figure; what the console said
+  report.html                     the run on one page, written when it has finished
   checkpoints/step-00001875/      model.safetensors  training.pt  manifest.json
   lock                            who runs here now: host and pid
   STOP                            touch it, and the run stops cleanly
@@ -35,6 +36,7 @@ class RunDir:
         self.versions = self.path / "versions.json"
         self.metrics = self.path / "metrics.jsonl"
         self.console = self.path / "console.log"
+        self.report = self.path / "report.html"
         self.checkpoints = self.path / "checkpoints"
         self.lock = self.path / "lock"
         self.stop = self.path / "STOP"
