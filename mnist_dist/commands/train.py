@@ -3,6 +3,7 @@
 Every rank comes through here. Rank 0 alone touches the run directory; what it finds there the others hear from it.
 """
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,16 @@ from mnist_dist.distributed.rendezvous import meet_ranks
 from mnist_dist.distributed.setup import init_distributed
 from mnist_dist.distributed.watchdog import Verdict
 from mnist_dist.distributed.world import World
-from mnist_dist.errors import FINISHED, STOPPED, JobError, RequestError, RunError, StoppedEarlyError, StorageError
+from mnist_dist.errors import (
+    FINISHED,
+    STOPPED,
+    JobError,
+    RequestError,
+    RunError,
+    StoppedEarlyError,
+    StorageError,
+    one_line,
+)
 from mnist_dist.files import write_atomically, write_json
 from mnist_dist.models import build_model, num_parameters
 from mnist_dist.run import checkpoint, resume, run_dir, stop
@@ -66,7 +76,10 @@ def train(config: Config, recipe: str, env: LaunchEnv) -> int:
                 describe(trainer, is_resumed=bool(saved))
         if config.log_with:
             start_trackers(config, world, trainer.run_dir, logger)  # collective
-        return run_loop(trainer)  # collective
+        code = run_loop(trainer)  # collective
+    if start and code == FINISHED:  # no rank waits for it any more
+        write_report(trainer)
+    return code
 
 
 def run_loop(trainer: Trainer) -> int:
@@ -209,6 +222,8 @@ def describe(trainer: Trainer, *, is_resumed: bool) -> None:
     config, world, logger, dataset = trainer.config, trainer.world, trainer.logger, trainer.dataset
     folder, step = trainer.run_dir, trainer.state.step
     folder.done.unlink(missing_ok=True)  # more steps are asked for than it had
+    with contextlib.suppress(OSError):  # nothing about a report ends a run
+        folder.report.unlink(missing_ok=True)
     if problem := folder.make_latest():
         logger.info(f"note: {problem}")
     recorded = config.model_copy(update={"data_dir": config.data_dir.absolute()})  # to be found from another folder
@@ -267,7 +282,7 @@ def finish(trainer: Trainer) -> None:
     """The last figures, and DONE. On rank 0. Raises OSError, StorageError."""
     state, folder, logger = trainer.state, trainer.run_dir, trainer.logger
     # A run that was killed between its last checkpoint and DONE comes here without having evaluated.
-    evaluation = trainer.evaluation or trainer.evaluate_on(trainer.eval_split)
+    evaluation = trainer.evaluation = trainer.evaluation or trainer.evaluate_on(trainer.eval_split)
     logger.stop_progress()
     if trainer.config.evaluate_train:
         on_train = trainer.evaluate_on(trainer.train_split)
@@ -284,6 +299,23 @@ def finish(trainer: Trainer) -> None:
         f"{evaluation.count:,}) after {state.step} steps, {state.seconds:.1f} s of training; "
         f"weights in {trainer.last_good}/{checkpoint.MODEL}"
     )
+
+
+def write_report(trainer: Trainer) -> None:
+    """The run's page, where it can be written: the run has finished, and nothing here changes that. On rank 0."""
+    folder, logger, evaluation = trainer.run_dir, trainer.logger, trainer.evaluation
+    try:
+        from mnist_dist.report.page import examine, make_page, read_run  # late: it imports matplotlib
+
+        run = read_run(folder)
+        if evaluation:
+            images, split = trainer.eval_split.images, trainer.dataset.eval_name
+            run.examined = examine(evaluation, images, split, trainer.state.step)
+        write_atomically(folder.report, make_page([run]).encode())
+    except Exception as error:  # whatever a library raises
+        logger.info(f"note: {folder.report} could not be written: {one_line(error)}")
+    else:
+        logger.info(f"report in {folder.report}")
 
 
 def say_stopped(trainer: Trainer, reason: str) -> None:

@@ -222,7 +222,9 @@ def test_a_run_without_its_done_goes_on_from_what_it_has(data_dir: Path, tmp_pat
     result = run_ranks(arguments, tmp_path)
     assert result.code == 0
     assert "note: resume=run is not used, since run_dir=run has checkpoints of its own" in result.output
-    assert result.output.endswith("weights in run/checkpoints/step-00000032/model.safetensors\n")
+    assert result.output.endswith(
+        "weights in run/checkpoints/step-00000032/model.safetensors\nreport in run/report.html\n"
+    )
     first, again = metrics(tmp_path / "run", "done")
     assert again["accuracy"] == first["accuracy"]
     assert not (tmp_path / "run" / "STOP").exists()
@@ -303,7 +305,8 @@ def test_only_rank_0_writes(data_dir: Path, tmp_path: Path) -> None:
 
 def test_the_run_directory_holds_what_it_promises(straight: Path) -> None:
     names = {p.name for p in straight.iterdir()}
-    assert names == {"config.yaml", "versions.json", "metrics.jsonl", "console.log", "checkpoints", "lock", "DONE"}
+    files = {"config.yaml", "versions.json", "metrics.jsonl", "console.log", "report.html", "lock", "DONE"}
+    assert names == files | {"checkpoints"}
     checkpoints = sorted((straight / "checkpoints").iterdir())
     assert [p.name for p in checkpoints] == ["step-00000096", "step-00000112"]
     assert {p.name for p in checkpoints[0].iterdir()} == {"model.safetensors", "training.pt", "manifest.json"}

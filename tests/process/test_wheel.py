@@ -16,8 +16,9 @@ def test_a_wheel_trains_a_recipe_by_name(tmp_path: Path, data_dir: Path) -> None
     site = tmp_path / "site"
     install = ["install", "--no-deps", "--no-build-isolation", "--target", str(site), str(source)]
     subprocess.run([*pip, *install], check=True, capture_output=True, cwd=tmp_path)
-    modules = {path.relative_to(REPOSITORY) for path in (REPOSITORY / "mnist_dist").rglob("*.py")}
-    assert modules == {path.relative_to(site) for path in (site / "mnist_dist").rglob("*.py")}
+    for kind in ("*.py", "*.html"):
+        files = {path.relative_to(REPOSITORY) for path in (REPOSITORY / "mnist_dist").rglob(kind)}
+        assert files == {path.relative_to(site) for path in (site / "mnist_dist").rglob(kind)}
 
     folder = tmp_path / "empty"
     folder.mkdir()
@@ -27,6 +28,7 @@ def test_a_wheel_trains_a_recipe_by_name(tmp_path: Path, data_dir: Path) -> None
     assert result.returncode == 0, result.stderr
     assert "mlp (535,818 parameters)" in result.stdout
     assert (folder / "runs/latest").readlink().name.startswith("mlp-")
+    assert (folder / "runs/latest/report.html").is_file()
     where = [sys.executable, "-c", "import mnist_dist; print(mnist_dist.__file__)"]
     imported = subprocess.run(where, cwd=folder, env=environment, capture_output=True, text=True).stdout
     assert imported.startswith(str(site))

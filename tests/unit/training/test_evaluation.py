@@ -131,6 +131,6 @@ def test_the_most_confident_mistakes_come_first(split: Split, monkeypatch: pytes
 def test_a_network_that_is_always_right_makes_no_mistake(split: Split) -> None:
     class Knows(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
-            return nn.functional.one_hot(split.labels, 10).float()
+            return nn.functional.one_hot(split.labels[: len(images)], 10).float()
 
     assert evaluate(Knows(), split).mistakes == ()
