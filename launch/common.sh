@@ -13,7 +13,7 @@ refuse() {
 take_verb() { # arguments of the script
   verb=train
   case ${1:-} in
-    evaluate | fetch) exec "$python" "$train" "$@" ;;
+    evaluate | fetch | report) exec "$python" "$train" "$@" ;;
     train | doctor | verify) verb=$1 && shift ;;
   esac
   arguments=("$@")

@@ -52,7 +52,7 @@ fi
 verb=train
 case ${1:-} in
   train) shift ;;
-  evaluate | fetch | doctor | verify) verb=$1 ;;
+  evaluate | fetch | report | doctor | verify) verb=$1 ;;
 esac
 case $verb in
   train) kind=run ;;
@@ -68,7 +68,7 @@ if [ -z "$run_dir" ] && [ $kind = run ]; then # the same after a requeue
   run_dir=runs/${SLURM_JOB_NAME:-mnist-dist}-$job
   arguments+=("run_dir=$run_dir")
 fi
-[[ " $*" == *" missing="* || $verb == fetch ]] || arguments+=(missing=fail)
+[[ " $*" == *" missing="* || $verb =~ ^(fetch|report)$ ]] || arguments+=(missing=fail)
 
 # --- what SLURM gave: nodes, ranks per node, where they meet
 read -ra srun_options <<<"${SRUN_OPTIONS:-}"

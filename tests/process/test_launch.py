@@ -56,6 +56,16 @@ def test_every_launcher_ends_alike(
     assert len(re.findall("test accuracy [0-9.]+ %", output)) == 1
 
 
+@pytest.mark.parametrize("script", ["launch/local.sh", "launch/node.sh", "slurm/train.sh"])
+def test_a_verb_that_needs_no_ranks_is_answered_as_it_is(script: str, data_dir: Path, tmp_path: Path) -> None:
+    command = ["bash", str(REPOSITORY / script), "report", "nowhere"]
+    process = start(command, tmp_path, data_dir, DRY_RUN="1")
+    output, _ = process.communicate(timeout=60)
+    assert output.startswith("mnist-dist: there is no run in nowhere: ")
+    assert output.count("\n") == 1
+    assert process.returncode == 2
+
+
 def test_two_unconnected_processes_are_refused(data_dir: Path, tmp_path: Path) -> None:
     command = ["accelerate", "launch", "--cpu", "--num_processes", "4", str(TRAIN), "run_dir=run"]
     code, output = launch(command, tmp_path, data_dir)
