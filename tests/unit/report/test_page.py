@@ -98,6 +98,7 @@ def killed(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for process in processes:
         process.kill()
     wait_ranks(processes, folder / "output.txt")
+    assert RunDir(folder / "run").done_step() is None
     return folder / "run"
 
 
