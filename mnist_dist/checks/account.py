@@ -69,7 +69,7 @@ def alone(world: World) -> AloneWorld:
     return AloneWorld(world.accelerator, [world.members[world.rank]], world.precision, [], None)
 
 
-def draw_dataset(num_train: int, num_test: int) -> Dataset:
+def draw_small_dataset(num_train: int, num_test: int) -> Dataset:
     """Drawn digits, the same on every host."""
     train, test = Split(*draw_digits(num_train, seed=0)), Split(*draw_digits(num_test, seed=1))
     return Dataset("synthetic", f"{num_train} and {num_test} drawn digits", train, test, "test")

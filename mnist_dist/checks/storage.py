@@ -9,7 +9,7 @@ from pathlib import Path
 from mnist_dist.checks.guard import Report
 from mnist_dist.config.schema import Config
 from mnist_dist.data.dataset import load_dataset
-from mnist_dist.data.download import dataset_file
+from mnist_dist.data.download import find_place
 from mnist_dist.errors import JobError
 
 DEFAULT_FOLDER = Path("runs")  # where run directories are made
@@ -74,10 +74,10 @@ def do_nothing(_report: Report) -> None:
 
 def read_data(config: Config, report: Report) -> None:
     """Report the "fingerprint" of the dataset, None where it is not there, or why it cannot be read: "unreadable"."""
-    if not dataset_file(config.dataset, config.data_dir).exists():
-        report("fingerprint", None)
-        return
     try:
+        if find_place(config.dataset, config.data_dir) is None:
+            report("fingerprint", None)
+            return
         report("fingerprint", load_dataset(config.dataset, config.data_dir).fingerprint)
     except JobError as error:
         report("unreadable", str(error))

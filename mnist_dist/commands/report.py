@@ -8,7 +8,7 @@ import torch
 from mnist_dist.commands.evaluate import build_network, choose_config, read_source
 from mnist_dist.config.paths import expand_path
 from mnist_dist.data.dataset import load_dataset
-from mnist_dist.data.download import dataset_file
+from mnist_dist.data.download import find_place
 from mnist_dist.distributed.device import usable_cores
 from mnist_dist.errors import RequestError, StorageError
 from mnist_dist.files import write_atomically
@@ -68,7 +68,7 @@ def evaluate_checkpoint(each: Run) -> None:
             each.seconds = seconds
         config = choose_config(source, {})
         model, _ = build_network(source)
-        if not dataset_file(config.dataset, config.data_dir).exists():
+        if find_place(config.dataset, config.data_dir) is None:
             raise RequestError(
                 f"{config.dataset} is not in {config.data_dir}; MNIST_DIST_DATA_DIR in the environment says where it is"
             )

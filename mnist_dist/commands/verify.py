@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from mnist_dist.checks import compare
-from mnist_dist.checks.account import Account, AccountingTrainer, alone, draw_dataset
+from mnist_dist.checks.account import Account, AccountingTrainer, alone, draw_small_dataset
 from mnist_dist.checks.findings import COMPARISONS, Finding, Status, find, worst
 from mnist_dist.checks.plant import FAULTS, Fault
 from mnist_dist.checks.rows import print_findings, print_row, print_verdict, write_json_verdict
@@ -118,7 +118,7 @@ class Verifier:
     def verify(self, model: str) -> None:
         """Compare runs of one network. Collective."""
         world, config = self.world, self.config.model_copy(update={"model": model})
-        dataset = draw_dataset(NUM_TRAIN, NUM_TEST)
+        dataset = draw_small_dataset(NUM_TRAIN, NUM_TEST)
         self.say(f"{model}: every rank by itself")
         own = self.train(alone(world), config, dataset)
         if self.is_exact:
@@ -167,7 +167,7 @@ class Verifier:
             return
         self.tried.add("planted")
         world, config = self.world, self.config.model_copy(update={"model": "mlp", "epochs": PLANT_EPOCHS})
-        dataset = draw_dataset(PLANT_TRAIN, PLANT_TEST)
+        dataset = draw_small_dataset(PLANT_TRAIN, PLANT_TEST)
         per_epoch = steps_per_epoch(PLANT_TRAIN, config.batch_size)
         labels = torch.bincount(dataset.eval_split.labels, minlength=10).tolist()
         own = self.train(alone(world), config, dataset)

@@ -66,6 +66,7 @@ def test_every_path_lies_in_the_run_directory(tmp_path: Path) -> None:
         "lock": "lock",
         "stop": "STOP",
         "done": "DONE",
+        "report": "report.html",
     }
     assert {path.parent for path in paths.values()} == {tmp_path}
     assert list(tmp_path.iterdir()) == []  # to name a run makes nothing
