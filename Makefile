@@ -33,13 +33,16 @@ torture: $(VENV)/.dev
 clean:
 	rm -rf $(VENV) build *.egg-info .*_cache
 
+# A virtual environment of too old a Python, or half of one, would stay in the way for ever.
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than Python 3.11; name a newer one, as make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "make: $(PYTHON) -m venv failed; on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+	@echo "make: installing PyTorch and the rest into $(VENV), which takes minutes and, with CUDA, 6 GB"
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install --quiet -e .
+	$(BIN)/pip install -e .
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install --quiet -e '.[dev,tracking]'
+	$(BIN)/pip install -e '.[dev,tracking]'
 	touch $@ $(VENV)/.installed

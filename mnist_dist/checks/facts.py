@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from mnist_dist.config.schema import Config
-from mnist_dist.distributed.device import driver_version, processor, promised_gpu, usable_cores
+from mnist_dist.distributed.device import driver_version, nccl_version, processor, promised_gpu, usable_cores
 from mnist_dist.distributed.launch_env import LaunchEnv
 from mnist_dist.distributed.preflight import group_address, interfaces, time_lookup
 from mnist_dist.distributed.rendezvous import describe_request
@@ -66,7 +66,7 @@ def gather_facts(config: Config, env: LaunchEnv) -> dict[str, Any]:
         "same": {
             "kernel": os.uname().release,
             "driver": driver_version(),
-            "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none",
+            "NCCL": nccl_version(),
             "processor": processor(),
             "cores of the host": psutil.cpu_count(),
             "memory": f"{round(psutil.virtual_memory().total / 2**30)} GiB",

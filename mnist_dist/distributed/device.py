@@ -54,6 +54,11 @@ def driver_version(version: Path = Path("/proc/driver/nvidia/version")) -> str:
         return "none"
 
 
+def nccl_version() -> str:
+    """NCCL's version as torch was built with it, or "none"."""
+    return ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else "none"
+
+
 def device_name(device: torch.device) -> str:
     """Its kind, and a GPU's model."""
     return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type

@@ -20,6 +20,7 @@ from mnist_dist.config.schema import Config
 from mnist_dist.distributed.device import (
     choose_device,
     device_name,
+    driver_version,
     has_fast_bf16,
     processor,
     set_arithmetic,
@@ -38,7 +39,8 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(days=30)
 def init_distributed(config: Config, env: LaunchEnv, meeting: Meeting | None = None) -> World:
     """Join the ranks that have met into one world. Collective. Raises RequestError, RunError."""
     device = choose_device(env)
-    me = Member(socket.gethostname(), usable_cores(), has_fast_bf16(device), device_name(device), processor())
+    driver = driver_version() if device.type == "cuda" else ""
+    me = Member(socket.gethostname(), usable_cores(), has_fast_bf16(device), device_name(device), processor(), driver)
     members = [me]
     if meeting:
         try:

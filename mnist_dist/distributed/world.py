@@ -23,6 +23,7 @@ class Member:
     has_fast_bf16: bool  # trains faster in bf16 than in fp32
     device: str
     processor: str
+    driver: str = ""  # of its GPU
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,15 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers, get_available_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker, filter_trackers, get_available_trackers
 
 from mnist_dist.config.schema import Config
 from mnist_dist.distributed.world import World
 from mnist_dist.errors import RequestError, RunError, one_line
 from mnist_dist.run.logger import NullLogger
 from mnist_dist.run.run_dir import RunDir
+
+PROJECT = "mnist-dist"
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -30,11 +32,15 @@ def start_trackers(config: Config, world: World, run_dir: RunDir, logger: NullLo
     """Start the trackers of `log_with`, and let the logger feed them. Collective. Raises RunError."""
     accelerator, folder = world.accelerator, str(run_dir)
     accelerator.project_configuration.set_directories(folder)
-    accelerator.log_with = filter_trackers(list(config.log_with), folder)
+    # TensorBoard's project is the name of its folder in the run directory, which stays.
+    accelerator.log_with = [
+        TensorBoardTracker("tracking", folder) if str(tracker) == "tensorboard" else tracker
+        for tracker in filter_trackers(list(config.log_with), folder)
+    ]
     settings = {k: v if isinstance(v, int | float) else str(v) for k, v in config.model_dump(mode="json").items()}
     with world.shared_errors():  # collective
         try:
-            accelerator.init_trackers("tracking", config=settings, init_kwargs=settings_of_trackers(run_dir))
+            accelerator.init_trackers(PROJECT, config=settings, init_kwargs=settings_of_trackers(run_dir))
         except Exception as error:  # whatever a tracker's library raises
             reason = one_line(error)
             raise RunError(f"log_with={','.join(config.log_with)} does not start: {reason}") from None

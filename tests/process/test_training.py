@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from mnist_dist.run import checkpoint
 from tests.conftest import (
     NUM_TEST,
     NUM_TRAIN,
+    TRAIN,
     become,
+    clean_environment,
     free_port,
     has_steps,
     losses,
@@ -436,6 +440,74 @@ def test_a_tracker_gets_every_recorded_step(data_dir: Path, tmp_path: Path) -> N
     events.Reload()
     assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(losses(tmp_path / "run"))
     assert [e.step for e in events.Scalars("test/accuracy")] == [16, 32]
+
+
+FAKE_WANDB = """
+import json, os, pathlib
+def init(**settings):
+    if os.environ["FAKE_WANDB"] == "no login":
+        raise RuntimeError("api_key not configured (no-tty)\\nrun `wandb login`")
+    with open(os.environ["FAKE_WANDB"], "a") as file:
+        file.write(json.dumps(settings) + "\\n")
+    return Run()
+class Config(dict):
+    def update(self, values, **options):
+        pass
+class Run:
+    config = Config()
+    def log(self, values, step=None, **options):
+        if step and step >= 5:
+            raise ConnectionError("the server is gone")
+    def finish(self):
+        raise ConnectionError("the server is gone")
+config = Config()
+"""
+
+
+@pytest.fixture
+def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tracker of that name whose server goes away at step 5; the file into which it writes how it was started."""
+    site = tmp_path / "site"
+    (site / "wandb-1.0.dist-info").mkdir(parents=True)
+    (site / "wandb-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: wandb\nVersion: 1.0\n")
+    (site / "wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.setenv("PYTHONPATH", f"{site}:{os.environ.get('PYTHONPATH', '')}")
+    return tmp_path / "wandb.json"
+
+
+def test_a_tracker_that_does_not_start_is_one_sentence(fake_wandb: Path, data_dir: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(TRAIN), *COMMON, f"data_dir={data_dir}", "log_with=wandb"]
+    environment = clean_environment(FAKE_WANDB="no login")
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "mnist-dist: log_with=wandb does not start: api_key not configured (no-tty)\n"
+
+
+def test_a_tracker_that_fails_is_dropped_and_goes_on_in_the_same_run(
+    fake_wandb: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(TRAIN), *COMMON, f"data_dir={data_dir}", "log_with=wandb"]
+    environment = clean_environment(FAKE_WANDB=str(fake_wandb))
+    for max_steps in (10, 14):
+        command = [*[word for word in command if "max_steps" not in word], f"max_steps={max_steps}"]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "Traceback" not in result.stderr
+    first, second = (json.loads(line) for line in fake_wandb.read_text().splitlines())
+    assert first == second  # the same id, so that the second start goes on there
+    assert first["project"] == "mnist-dist"
+    assert first["name"] == "run"
+    assert first["id"].startswith("run-")
+    assert first["dir"] == str(tmp_path / "run")
+    assert len(losses(tmp_path / "run")) == 14
+
+
+def test_ranks_of_which_none_is_the_first_of_its_host_train(data_dir: Path, tmp_path: Path) -> None:
+    log, port = tmp_path / "output.txt", free_port()
+    arguments = ["train", *COMMON, f"data_dir={data_dir}", "max_steps=3"]
+    places = [rank_environment(rank, 2, port) | {"LOCAL_RANK": str(rank + 1)} for rank in range(2)]
+    result = wait_ranks([start_verb(arguments, log, become, **place) for place in places], log)
+    assert result.code == 0, result.output
 
 
 def test_a_batch_of_more_than_all_images_is_refused(data_dir: Path, tmp_path: Path) -> None:
