@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from mnist_dist.checks.guard import run_guarded
 from mnist_dist.config.schema import Config
 from mnist_dist.distributed.device import driver_version, nccl_version, processor, promised_gpu, usable_cores
 from mnist_dist.distributed.launch_env import LaunchEnv
@@ -24,7 +25,7 @@ PER_HOST = ("NCCL_DEBUG_FILE", "NCCL_HOSTID")  # those that may differ
 SHM = Path("/dev/shm")
 INFINIBAND = Path("/sys/class/infiniband")
 CGROUP = Path("/sys/fs/cgroup")
-NVIDIA_SMI_S = 10.0
+NVIDIA_SMI_S = DEVICES_S = 10.0
 GPU_FIELDS = (
     "index",
     "name",
@@ -54,10 +55,10 @@ def find_place(env: LaunchEnv) -> dict[str, Any]:
 
 def gather_facts(config: Config, env: LaunchEnv) -> dict[str, Any]:
     """What else this rank knows, as JSON holds it."""
-    refusal = ""
-    if not env.use_cpu and (promise := promised_gpu()) and not torch.accelerator.device_count():
+    refusal, num_devices = "", 0 if env.use_cpu else count_devices()
+    if not env.use_cpu and (promise := promised_gpu()) and not num_devices:
         refusal = f"{promise}, but torch sees no GPU (torch {torch.__version__}, driver {driver_version()})"
-    gpus, gpu_problem = ([], "") if env.use_cpu or not torch.accelerator.device_count() else read_gpus()
+    gpus, gpu_problem = read_gpus() if num_devices else ([], "")
     free_shm = shutil.disk_usage(SHM).free if SHM.is_dir() else None
     return {
         "local_rank": env.local_rank,
@@ -89,6 +90,12 @@ def gather_facts(config: Config, env: LaunchEnv) -> dict[str, Any]:
         "gpu_problem": gpu_problem,
         "kernel_errors": read_kernel_log(),
     }
+
+
+def count_devices() -> int:
+    """GPUs that torch sees. In a child: a process that has started CUDA cannot fork one that uses it."""
+    reports = run_guarded(lambda report: report("count", torch.accelerator.device_count()), DEVICES_S)
+    return int(reports.get("count", 0))
 
 
 def resolves(name: str) -> bool:

@@ -23,11 +23,14 @@ def existing_parent(folder: Path) -> Path:
     return folder if folder.is_dir() else existing_parent(folder.parent)
 
 
-def hold_nonce(path: Path, nonce: str, report: Report) -> None:
+def hold_nonce(folder: Path, nonce: str, report: Report) -> None:
     """Write a file as a checkpoint is written: beside its place, synced, renamed. Then hold a lock on it.
 
-    Reports "free", the bytes that are left, once the lock is held. Raises OSError.
+    Reports its "path", in the folder or the nearest above that is there, and "free", the bytes that are left, once the
+    lock is held. Raises OSError.
     """
+    path = existing_parent(folder) / f".mnist-dist-{nonce[:8]}"
+    report("path", str(path))
     temporary = path.with_name(path.name + ".new")
     try:
         with temporary.open("w") as file:

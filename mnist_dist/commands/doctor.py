@@ -67,6 +67,8 @@ class Doctor:
         self.findings: list[Finding] = []
         self.facts: list[dict[str, Any] | None] = []  # of each rank; None where it did not come
         self.places: list[dict[str, Any] | None] = []  # the same, of what it told first; on rank 0
+        self.hosts: list[str | None] = []  # of each rank
+        self.leaders: list[int] = []  # the first rank of each host
         self.devices: list[str] = []
         self.figures: list[str] = []
         self.not_needed: dict[str, str] = {}  # checks, and why
@@ -185,22 +187,21 @@ class Doctor:
 
     def examine_run_directory(self) -> None:
         """Can rank 0 write there, and do the other hosts see it? Collective."""
-        folder = (self.config.run_dir or storage.DEFAULT_FOLDER).absolute()
-        nonce = uuid.uuid4().hex if self.env.rank == 0 else ""
-        parent = storage.existing_parent(folder)
-        name, nonce = self.board.gather("nonce", [str(parent / f".mnist-dist-{nonce[:8]}"), nonce], ANSWER_S)[0]
-        path = Path(name)
+        folder, nonce = self.config.run_dir or storage.DEFAULT_FOLDER, uuid.uuid4().hex
         is_holder = self.env.rank == 0
-        with Guarded(functools.partial(storage.hold_nonce, path, nonce) if is_holder else storage.do_nothing) as holder:
-            held = holder.collect(STORAGE_S, until="free")
-            held = self.board.gather("held", held, STORAGE_S + ANSWER_S)[0]
+        work = functools.partial(storage.hold_nonce, folder, nonce) if is_holder else storage.do_nothing
+        with Guarded(work) as holder:
+            held = holder.collect(STORAGE_S, until="free") | {"nonce": nonce}
+            held = self.board.gather("held", held, STORAGE_S + ANSWER_S)[0]  # collective
             seen = None
-            if self.env.rank in self.leaders and self.env.rank and "free" in held:
-                seen = run_guarded(functools.partial(storage.read_nonce, path, nonce), STORAGE_S)
-            results = self.board.gather("seen", seen, STORAGE_S + ANSWER_S)
-        if is_holder:
-            run_guarded(functools.partial(storage.remove_nonce, path), STORAGE_S)
-        self.findings += judge.judge_run_directory(self.facts, held, results, str(parent), STORAGE_S)
+            if self.env.rank in self.leaders and not is_holder and "free" in held:
+                read = functools.partial(storage.read_nonce, Path(held["path"]), held["nonce"])
+                seen = run_guarded(read, STORAGE_S)
+            results = self.board.gather("seen", seen, STORAGE_S + ANSWER_S)  # collective
+        if is_holder and "path" in held:
+            run_guarded(functools.partial(storage.remove_nonce, Path(held["path"])), STORAGE_S)
+        parent = str(Path(held["path"]).parent) if "path" in held else str(folder)
+        self.findings += judge.judge_run_directory(self.facts, held, results, parent, STORAGE_S)
 
     def examine_data(self) -> None:
         """Has each host the same dataset? Collective."""

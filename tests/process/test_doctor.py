@@ -211,9 +211,9 @@ def _bind_to_one_core() -> None:
 
 
 def _stop() -> None:
-    from mnist_dist.checks import storage
+    from mnist_dist.checks import network
 
-    storage.existing_parent = lambda _: os.kill(os.getpid(), signal.SIGSTOP)  # type: ignore[assignment]
+    network.find_ways = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # type: ignore[assignment]
 
 
 def _be_slow() -> None:
