@@ -69,7 +69,8 @@ def clean_environment(**extra: str) -> dict[str, str]:
     prefixes = ("ACCELERATE_", "MNIST_DIST_", "SLURM_", "OMP_", "PET_")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(prefixes) and k not in names}
-    return kept | {"TORCH_CPP_LOG_LEVEL": "ERROR"} | extra
+    on_cpu = {"ACCELERATE_USE_CPU": "true"} if Path("/dev/nvidia0").exists() else {}  # one GPU is not enough for two
+    return kept | {"TORCH_CPP_LOG_LEVEL": "ERROR"} | on_cpu | extra
 
 
 def user_environment(folder: Path, data_dir: Path, **extra: str) -> dict[str, str]:
