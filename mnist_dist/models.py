@@ -1,19 +1,26 @@
 """The two classic networks, with the tutorials' own shapes and parameter names.
 
 Both take images of shape [batch, 28, 28] or [batch, 1, 28, 28], float, scaled to [0, 1], and return logits of
-shape [batch, 10]. Their state dicts load into the tutorials' own classes with strict=True.
+shape [batch, 10]; IMAGE_SHAPE and NUM_CLASSES are where other images are named. Their state dicts load into the
+tutorials' own classes with strict=True.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+IMAGE_SHAPE = (1, 28, 28)  # channels, rows, columns
+NUM_CLASSES = 10
 
 
 class MLP(nn.Sequential):
     """784-512-256-10 with ReLU: 535,818 parameters, named 0, 2 and 4 as in the tutorial's nn.Sequential."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10))
+        size = math.prod(IMAGE_SHAPE)
+        super().__init__(nn.Linear(size, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, NUM_CLASSES))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [batch, 10] of images [batch, 28, 28]."""
@@ -26,10 +33,11 @@ class CNN(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, kernel_size=3, padding=1)
+        channels, rows, columns = IMAGE_SHAPE
+        self.conv1 = nn.Conv2d(channels, 32, kernel_size=3, padding=1)
         self.conv2 = nn.Conv2d(32, 64, kernel_size=3, padding=1)
         self.conv3 = nn.Conv2d(64, 128, kernel_size=3, padding=1)
-        self.fc1 = nn.Linear(128 * 3 * 3, 10)
+        self.fc1 = nn.Linear(128 * (rows // 8) * (columns // 8), NUM_CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [batch, 10] of images [batch, 28, 28]."""
@@ -42,9 +50,14 @@ class CNN(nn.Module):
 
 def check_images(images: Tensor) -> Tensor:
     """Images as [batch, 1, 28, 28]. Raises ValueError for another shape, which a view would take apart."""
-    if images.shape[1:] not in ((28, 28), (1, 28, 28)):
-        raise ValueError(f"images of shape {list(images.shape)} are neither [batch, 28, 28] nor [batch, 1, 28, 28]")
-    return images.view(-1, 1, 28, 28)
+    channels, rows, columns = IMAGE_SHAPE
+    if images.shape[1:] != IMAGE_SHAPE and (channels != 1 or images.shape[1:] != (rows, columns)):
+        grey = f"neither [batch, {rows}, {columns}] nor" if channels == 1 else "not"
+        raise ValueError(f"images of shape {list(images.shape)} are {grey} [batch, {channels}, {rows}, {columns}]")
+    return images.view(-1, *IMAGE_SHAPE)
+
+
+MODELS: dict[str, type[nn.Module]] = {"mlp": MLP, "cnn": CNN}
 
 
 def build_model(name: str, seed: int) -> nn.Module:
@@ -54,7 +67,7 @@ def build_model(name: str, seed: int) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MLP() if name == "mlp" else CNN().to(memory_format=torch.channels_last)
+        return MODELS[name]().to(memory_format=torch.channels_last)
 
 
 def num_parameters(model: nn.Module) -> int:

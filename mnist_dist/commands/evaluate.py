@@ -20,7 +20,7 @@ from mnist_dist.data.dataset import load_dataset
 from mnist_dist.data.download import find_place, look_up
 from mnist_dist.distributed.device import usable_cores
 from mnist_dist.errors import RequestError
-from mnist_dist.models import build_model
+from mnist_dist.models import MODELS, build_model
 from mnist_dist.run import checkpoint
 from mnist_dist.run.run_dir import RunDir
 from mnist_dist.run.weights import load_weights, parse_weights, read_about
@@ -107,7 +107,7 @@ def choose_config(source: Source, overrides: dict[str, Any]) -> Config:
 def build_network(source: Source) -> tuple[torch.nn.Module, str]:
     """The network that the weights are of, with them in it, and its name. Raises RequestError."""
     misfits = {}
-    for name in ("mlp", "cnn"):
+    for name in MODELS:
         model = build_model(name, seed=0)
         misfits[name] = load_weights(model, source.weights)
         if not misfits[name]:
@@ -135,7 +135,7 @@ def table(result: Evaluation) -> str:
         f"accuracy  {100 * result.accuracy:.2f} % ({result.correct:,} of {result.count:,}), 95 % interval "
         f"{100 * low:.2f} to {100 * high:.2f} %",
         "confusion, true class down, predicted class across:",
-        "     " + "".join(f"{digit:>7}" for digit in range(10)),
+        "     " + "".join(f"{digit:>7}" for digit in range(len(result.confusion))),
     ]
     lines += [f"{digit:>5}" + "".join(f"{n:>7}" for n in row) for digit, row in enumerate(result.confusion.tolist())]
     return "\n".join(lines)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnist_dist.config.schema import Config
+from mnist_dist.models import IMAGE_SHAPE
 
-SIDE = 28  # pixels
+_, SIDE, _ = IMAGE_SHAPE  # pixels
 WARP_SIDE = 7  # knots of the elastic warp along one side: displacements are smooth over about four pixels
 
 
@@ -45,8 +46,10 @@ class Augmentation:
         return affine, torch.randn(shape, generator=self.generator, device=device)
 
     def warp(self, images: Tensor, affine: Tensor, knots: Tensor) -> Tensor:
-        """Warp images [n, 28, 28] (float) by drawn rows affine [n, 4] and knots [n, 2, 7, 7]; zeros come in from
-        outside."""
+        """Warp images [n, 28, 28], or with channels [n, c, 28, 28], by drawn rows affine [n, 4] and knots [n, 2, 7, 7].
+
+        Images are float; zeros come in from outside.
+        """
         angle, size = affine[:, 0] * self.max_rotate, 1 / (1 + affine[:, 1] * self.max_scale)
         cos, sin = torch.cos(angle) * size, torch.sin(angle) * size
         # Where in the source each target pixel comes from: rotation and scale about the centre, then the shift.
@@ -57,5 +60,5 @@ class Augmentation:
             field = F.interpolate(knots, size=(SIDE, SIDE), mode="bicubic", align_corners=True)
             source = source + self.elastic * field.permute(0, 2, 3, 1)
         grid = source * (2 / SIDE)  # grid_sample's own coordinates run from -1 to 1 over the image's edges
-        warped = F.grid_sample(images.unsqueeze(1), grid, padding_mode="zeros", align_corners=False)
-        return warped.squeeze(1)
+        warped = F.grid_sample(images.view(-1, *IMAGE_SHAPE), grid, padding_mode="zeros", align_corners=False)
+        return warped.view_as(images)

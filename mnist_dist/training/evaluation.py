@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_dist.data.dataset import Split
+from mnist_dist.models import NUM_CLASSES
 
 BATCH_SIZE = 250  # images at once, which bounds the memory; the result does not depend on it beyond float rounding
 NUM_MISTAKES = 24  # to keep
@@ -28,7 +29,7 @@ class Evaluation:
     """What a network makes of a set of images."""
 
     loss: float  # mean cross-entropy, nats
-    confusion: Tensor  # int64 [10, 10]: true class by predicted class
+    confusion: Tensor  # int64 [classes, classes]: true class by predicted class
     mistakes: tuple[Mistake, ...] = ()  # the most confident ones, at most NUM_MISTAKES, the worst first
 
     @property
@@ -68,17 +69,17 @@ def evaluate(model: nn.Module, split: Split) -> Evaluation:
     """Evaluate a bare network on images of its own device."""
     device = split.images.device
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    confusion = torch.zeros(100, dtype=torch.int64, device=device)
+    confusion = torch.zeros(NUM_CLASSES**2, dtype=torch.int64, device=device)
     confidence, predicted = [], []
     model.eval()
     for images, labels in zip(split.images.split(BATCH_SIZE), split.labels.split(BATCH_SIZE), strict=True):
         logits = model(images.float() / 255)
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         predicted.append(logits.argmax(1))
-        confusion += torch.bincount(labels * 10 + predicted[-1], minlength=100)
+        confusion += torch.bincount(labels * NUM_CLASSES + predicted[-1], minlength=NUM_CLASSES**2)
         confidence.append(logits.double().softmax(1).amax(1))  # many are 1 in float32
     mistakes = find_mistakes(torch.cat(confidence).cpu(), torch.cat(predicted).cpu(), split.labels.cpu())
-    return Evaluation(float(loss) / len(split.labels), confusion.view(10, 10).cpu(), mistakes)
+    return Evaluation(float(loss) / len(split.labels), confusion.view(NUM_CLASSES, NUM_CLASSES).cpu(), mistakes)
 
 
 def find_mistakes(confidence: Tensor, predicted: Tensor, labels: Tensor) -> tuple[Mistake, ...]:
