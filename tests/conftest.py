@@ -87,7 +87,9 @@ def free_port() -> int:
 
 # Real processes, forked from a server that has imported torch already: a start takes tenths of a second, not seconds.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["mnist_dist.commands.train", "mnist_dist.report.page", "tests.conftest"])
+FORKS.set_forkserver_preload(
+    ["mnist_dist.commands.train", "mnist_dist.report.page", "tests.conftest", "accelerate", "torchvision.datasets"]
+)
 
 
 @dataclass

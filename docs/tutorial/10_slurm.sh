@@ -18,6 +18,7 @@ code=0
 # shellcheck disable=SC2016
 srun bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+  export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
   exec python docs/tutorial/09_stop.py
 ' || code=$?
 if [ "$code" = 3 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
