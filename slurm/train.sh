@@ -131,16 +131,15 @@ if [ $kind = alone ]; then
   "${once[@]}" "$PYTHON" "$root/train.py" "${arguments[@]}"
   exit
 fi
+request=("${once[@]}" env RANK=0 WORLD_SIZE="$world_size" "$PYTHON" "$root/train.py" --check "${arguments[@]}")
+say "job $job, restart $restarts, on ${SLURM_JOB_NODELIST:-$(hostname)}; ranks: $world_size, $NPROC on each node; they meet at $MASTER_ADDR:$MASTER_PORT; run_dir=${run_dir:-none}"
 if [ $kind = verdict ] && [ -z "${DRY_RUN:-}" ]; then
-  say "job $job on ${SLURM_JOB_NODELIST:-$(hostname)}; ranks: $world_size, $NPROC on each node; they meet at $MASTER_ADDR:$MASTER_PORT"
   "${step[@]}"
   exit
 fi
-request=("${once[@]}" env RANK=0 WORLD_SIZE="$world_size" "$PYTHON" "$root/train.py" --check "${arguments[@]}")
-say "job $job, restart $restarts, on ${SLURM_JOB_NODELIST:-$(hostname)}; ranks: $world_size, $NPROC on each node; they meet at $MASTER_ADDR:$MASTER_PORT; run_dir=$run_dir"
 if [ -n "${DRY_RUN:-}" ]; then
   show "${check[@]}"
-  show "${request[@]}"
+  [ $kind = verdict ] || show "${request[@]}"
   show "${step[@]}"
   exit 0
 fi

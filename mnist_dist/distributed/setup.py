@@ -14,6 +14,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, TorchDynamoPlugin
 
 from mnist_dist.config.schema import Config
@@ -108,6 +109,7 @@ def make_accelerator(env: LaunchEnv, device: torch.device, precision: str) -> Ac
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     if not os.environ.get("OMP_NUM_THREADS", "1").isdecimal():  # "2,1", for nested regions, which Accelerate can't read
         del os.environ["OMP_NUM_THREADS"]
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run's in this process, as in a notebook
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*OMP_NUM_THREADS/MKL_NUM_THREADS unset.*")
         threads = torch.get_num_threads()

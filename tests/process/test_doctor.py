@@ -220,7 +220,7 @@ def _be_slow() -> None:
     import torch
 
     multiply = torch.matmul
-    torch.matmul = lambda a, b: sum(multiply(a, b) for _ in range(10)) / 10  # type: ignore[assignment]
+    torch.matmul = lambda a, b: [multiply(a, b) for _ in range(10)].pop()  # type: ignore[assignment]
 
 
 def _compute_wrongly() -> None:
