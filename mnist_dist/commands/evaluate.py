@@ -4,13 +4,10 @@ import argparse
 import contextlib
 import json
 import math
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mnist_dist.config.parse import build_config, check_keys, parse_values, split_arguments
 from mnist_dist.config.paths import expand_path
@@ -20,24 +17,13 @@ from mnist_dist.data.dataset import load_dataset
 from mnist_dist.data.download import find_place, look_up
 from mnist_dist.distributed.device import usable_cores
 from mnist_dist.errors import RequestError
-from mnist_dist.models import MODELS, build_model
-from mnist_dist.run import checkpoint
+from mnist_dist.run.logger import warn
 from mnist_dist.run.run_dir import RunDir
-from mnist_dist.run.weights import load_weights, parse_weights, read_about
+from mnist_dist.run.weights import Source, build_network, read_source
 from mnist_dist.training.evaluation import Evaluation, evaluate
 
 # The last two decide nothing here: where the dataset is missing, the sentence says so and how to fetch it.
 KEYS = ("dataset", "data_dir", "validation", "threads", "mirror", "missing")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Weights, and what is known of them."""
-
-    path: Path
-    weights: dict[str, Tensor]
-    dataset: str  # that they were trained on; empty where that is not known
-    training: dict[str, Any] = field(default_factory=dict)  # of a checkpoint: what training goes on with
 
 
 def run(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -53,7 +39,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     config = choose_config(source, overrides)
     torch.set_num_threads(config.threads or len(usable_cores()))
     model, name = build_network(source)
-    look_up(config.dataset, config.data_dir, "evaluate fetches nothing; run {} first", say=print_error)
+    look_up(config.dataset, config.data_dir, "evaluate fetches nothing; run {} first", say=warn)
     dataset = load_dataset(config.dataset, config.data_dir, config.validation)
     result = evaluate(model, dataset.eval_split)
     if options.json:
@@ -67,24 +53,6 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     print(f"{source.path}: {name} on {dataset.name}, {dataset.eval_name}")
     print(table(result))
     return 0
-
-
-def read_source(path: Path) -> Source:
-    """The weights that a path names, and what they were trained on. Raises RequestError."""
-    try:
-        is_there = path.exists()
-        if path.is_file():
-            return Source(path, parse_weights(path.read_bytes(), path), str(read_about(path).get("dataset", "")))
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-    if not is_there:
-        raise RequestError(f"there is no {path}; give a run's folder, a checkpoint's, or a file of weights")
-    found = checkpoint.find(path, print_error)
-    training = checkpoint.parse_training(found.training, found.path / checkpoint.TRAINING)
-    dataset = training.get("dataset", {})
-    name = dataset.get("name") if isinstance(dataset, dict) else None
-    file = found.path / checkpoint.MODEL
-    return Source(file, parse_weights(found.model, file), name or "", training)
 
 
 def choose_config(source: Source, overrides: dict[str, Any]) -> Config:
@@ -102,29 +70,6 @@ def choose_config(source: Source, overrides: dict[str, Any]) -> Config:
         if find_place(str(overrides.get("dataset", inherited["dataset"])), before.data_dir):
             inherited["data_dir"] = before.data_dir
     return build_config(inherited | overrides)
-
-
-def build_network(source: Source) -> tuple[torch.nn.Module, str]:
-    """The network that the weights are of, with them in it, and its name. Raises RequestError."""
-    misfits = {}
-    for name in MODELS:
-        model = build_model(name, seed=0)
-        misfits[name] = load_weights(model, source.weights)
-        if not misfits[name]:
-            break
-    else:
-        # The nearer network, by the names that they share, says best what is wrong.
-        names = {n: build_model(n, seed=0).state_dict().keys() & source.weights.keys() for n in misfits}
-        name = max(misfits, key=lambda n: len(names[n]))
-        raise RequestError(f"{source.path} does not hold the weights of a network of this program: {misfits[name]}")
-    if not all(bool(tensor.isfinite().all()) for tensor in source.weights.values()):
-        raise RequestError(f"{source.path} holds weights that are not finite, so there is nothing to evaluate")
-    return model, name
-
-
-def print_error(text: str) -> None:
-    """One line on the standard error stream."""
-    print(text, file=sys.stderr)
 
 
 def table(result: Evaluation) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mnist_dist.commands.evaluate import build_network, choose_config, read_source
+from mnist_dist.commands.evaluate import choose_config
 from mnist_dist.config.paths import expand_path
 from mnist_dist.data.dataset import load_dataset
 from mnist_dist.data.download import find_place
@@ -14,6 +14,7 @@ from mnist_dist.errors import RequestError, StorageError
 from mnist_dist.files import write_atomically
 from mnist_dist.report.page import Run, examine, make_page, read_run
 from mnist_dist.run.run_dir import RunDir
+from mnist_dist.run.weights import build_network, read_source
 from mnist_dist.training.evaluation import evaluate
 
 COMPARISON = "comparison.html"  # beside the first of several runs

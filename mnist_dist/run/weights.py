@@ -3,6 +3,7 @@
 import io
 import json
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,57 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from mnist_dist.errors import RequestError, one_line
-from mnist_dist.run.checkpoint import ABOUT
+from mnist_dist.models import MODELS, build_model
+from mnist_dist.run import checkpoint
+from mnist_dist.run.logger import warn
 
 PREFIXES = ("module.", "_orig_mod.")  # of networks that were wrapped for several GPUs, or compiled
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights, and what is known of them."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    dataset: str  # that they were trained on; empty where that is not known
+    training: dict[str, Any] = field(default_factory=dict)  # of a checkpoint: what training goes on with
+
+
+def read_source(path: Path) -> Source:
+    """The weights that a path names, and what they were trained on. Raises RequestError."""
+    try:
+        is_there = path.exists()
+        if path.is_file():
+            return Source(path, parse_weights(path.read_bytes(), path), str(read_about(path).get("dataset", "")))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    if not is_there:
+        raise RequestError(f"there is no {path}; give a run's folder, a checkpoint's, or a file of weights")
+    found = checkpoint.find(path, warn)
+    training = checkpoint.parse_training(found.training, found.path / checkpoint.TRAINING)
+    dataset = training.get("dataset", {})
+    name = dataset.get("name") if isinstance(dataset, dict) else None
+    file = found.path / checkpoint.MODEL
+    return Source(file, parse_weights(found.model, file), name or "", training)
+
+
+def build_network(source: Source) -> tuple[nn.Module, str]:
+    """The network that the weights are of, with them in it, and its name. Raises RequestError."""
+    misfits = {}
+    for name in MODELS:
+        model = build_model(name, seed=0)
+        misfits[name] = load_weights(model, source.weights)
+        if not misfits[name]:
+            break
+    else:
+        # The nearer network, by the names that they share, says best what is wrong.
+        names = {n: build_model(n, seed=0).state_dict().keys() & source.weights.keys() for n in misfits}
+        name = max(misfits, key=lambda n: len(names[n]))
+        raise RequestError(f"{source.path} does not hold the weights of a network of this program: {misfits[name]}")
+    if not all(bool(tensor.isfinite().all()) for tensor in source.weights.values()):
+        raise RequestError(f"{source.path} holds weights that are not finite; give an earlier checkpoint")
+    return model, name
 
 
 def parse_weights(data: bytes, origin: Path) -> dict[str, Tensor]:
@@ -40,7 +89,7 @@ def read_about(path: Path) -> dict[str, Any]:
     """What a model.safetensors says about itself: what it was trained on. Empty where it says nothing."""
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+            about = json.loads((file.metadata() or {}).get(checkpoint.ABOUT, "{}"))
     except Exception:  # what is wrong with it is said by whoever reads its weights
         return {}
     return about if isinstance(about, dict) else {}

@@ -332,7 +332,7 @@ def test_weights_that_are_no_numbers_are_refused(
     state["0.bias"][3] = float("nan")
     save_file(state, weights)
     arguments = ["evaluate", str(weights), "dataset=synthetic", f"data_dir={data_dir}", "--json"]
-    assert f"{weights} holds weights that are not finite, so there is nothing to evaluate" in refusal(arguments, capsys)
+    assert f"{weights} holds weights that are not finite; give an earlier checkpoint" in refusal(arguments, capsys)
 
 
 def test_somebody_elses_config_yaml_near_a_bare_file_is_not_read(
