@@ -27,6 +27,7 @@ VERBS = {
     "verify": "does it train right? compares bits: each rank alone, all together, again, resumed; plants faults",
     "evaluate": "exact loss, accuracy and confusion matrix of a run, a checkpoint or a file of weights",
     "report": "a run on one page of HTML: figures, curves, mistakes; of several runs, how they compare",
+    "predict": "which digit a picture shows: a photo, a scan, a drawing",
     "fetch": "bring a dataset to this machine, so that training needs no network",
 }
 RANKED = ("train", "doctor", "verify")  # the verbs that a launcher starts once a rank
@@ -36,6 +37,7 @@ examples:
   accelerate launch train.py mlp lr=2e-3                another recipe, one key changed
   mnist-dist evaluate runs/latest
   mnist-dist report runs/latest
+  mnist-dist predict runs/latest seven.jpg
   mnist-dist fetch fashion-mnist data_dir=/shared/data
 """
 
@@ -100,6 +102,17 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="where to write the page (default: RUN/report.html; of several runs, comparison.html beside the first)",
     )
+    predict = verbs["predict"]
+    predict.usage = "%(prog)s [-h] [--json | --show] RUN IMAGE ..."
+    predict.epilog = (
+        "RUN is what `evaluate` takes. IMAGE is a file (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM), a folder of them, or -\n"
+        "for the standard input: one digit, upright, in any size and colours, on a background without lines.\n"
+        "Exit codes: 0; 1 where some of several pictures cannot be read; 2 where none can.\n\n"
+        "next: mnist-dist predict --show RUN IMAGE draws what the network saw"
+    )
+    form = predict.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object a picture, with all ten probabilities")
+    form.add_argument("--show", action="store_true", help="draw what the network saw, 28 x 28 pixels")
     fetch = verbs["fetch"]
     fetch.usage = "%(prog)s [-h] [DATASET] [key=value ...]"
     fetch.epilog = "keys: dataset, data_dir, mirror"

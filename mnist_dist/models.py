@@ -48,6 +48,20 @@ class CNN(nn.Module):
         return self.fc1(x.flatten(1))  # type: ignore[no-any-return]
 
 
+class Classifier(nn.Module):
+    """A network as others use it: images uint8 [n, 28, 28] in, ink 255 on 0; probabilities float32 [n, 10] out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        """In evaluation mode."""
+        super().__init__()
+        self.network = network
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Probabilities [n, 10] of images uint8 [n, 28, 28]."""
+        return self.network(images.float() / 255).softmax(1)  # type: ignore[no-any-return]
+
+
 def check_images(images: Tensor) -> Tensor:
     """Images as [batch, 1, 28, 28]. Raises ValueError for another shape, which a view would take apart."""
     channels, rows, columns = IMAGE_SHAPE
