@@ -28,6 +28,7 @@ VERBS = {
     "evaluate": "exact loss, accuracy and confusion matrix of a run, a checkpoint or a file of weights",
     "report": "a run on one page of HTML: figures, curves, mistakes; of several runs, how they compare",
     "predict": "which digit a picture shows: a photo, a scan, a drawing",
+    "export": "write a run's network as one file: ONNX, torch.export or safetensors",
     "fetch": "bring a dataset to this machine, so that training needs no network",
 }
 RANKED = ("train", "doctor", "verify")  # the verbs that a launcher starts once a rank
@@ -113,6 +114,16 @@ def make_parser() -> argparse.ArgumentParser:
     form = predict.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object a picture, with all ten probabilities")
     form.add_argument("--show", action="store_true", help="draw what the network saw, 28 x 28 pixels")
+    export = verbs["export"]
+    export.usage = "%(prog)s [-h] --to {onnx,torch-export,safetensors} RUN FILE"
+    export.epilog = (
+        "RUN is what `evaluate` takes. FILE is replaced if it is there.\n"
+        "onnx and torch-export: images uint8 [n, 28, 28] in, ink 255 on 0, for any n; probabilities float32 [n, 10]\n"
+        "out. Before FILE is written, its predictions are compared with torch's on the run's images.\n"
+        "safetensors: the weights alone, by the names that the tutorials' own classes have.\n\n"
+        "next: mnist-dist export --to onnx runs/latest digits.onnx"
+    )
+    export.add_argument("--to", required=True, choices=("onnx", "torch-export", "safetensors"), help="the format")
     fetch = verbs["fetch"]
     fetch.usage = "%(prog)s [-h] [DATASET] [key=value ...]"
     fetch.epilog = "keys: dataset, data_dir, mirror"
