@@ -19,6 +19,7 @@ def test_a_wheel_trains_a_recipe_by_name(tmp_path: Path, data_dir: Path) -> None
     for kind in ("*.py", "*.html"):
         files = {path.relative_to(REPOSITORY) for path in (REPOSITORY / "mnist_dist").rglob(kind)}
         assert files == {path.relative_to(site) for path in (site / "mnist_dist").rglob(kind)}
+    assert (site / "mnist_dist/configs/schema.json").is_file()
 
     folder = tmp_path / "empty"
     folder.mkdir()
