@@ -9,12 +9,16 @@ refuse() {
   exit 2
 }
 
-# Sets verb, and arguments without it. The verbs that need no ranks are answered here.
+# Sets verb, and arguments without it. The verbs that need no ranks, a file of commands/ each, are answered here.
 take_verb() { # arguments of the script
   verb=train
   case ${1:-} in
-    evaluate | fetch | report) exec "$python" "$train" "$@" ;;
     train | doctor | verify) verb=$1 && shift ;;
+    *)
+      if [[ ${1:-} =~ ^[a-z]+$ && -f $(dirname "$train")/mnist_dist/commands/$1.py ]]; then
+        exec "$python" "$train" "$@"
+      fi
+      ;;
   esac
   arguments=("$@")
 }

@@ -52,7 +52,12 @@ fi
 verb=train
 case ${1:-} in
   train) shift ;;
-  evaluate | fetch | report | doctor | verify) verb=$1 ;;
+  doctor | verify) verb=$1 ;;
+  *)
+    if [[ ${1:-} =~ ^[a-z]+$ && -f $(dirname "$(realpath "$root/train.py")")/mnist_dist/commands/$1.py ]]; then
+      verb=$1
+    fi
+    ;;
 esac
 case $verb in
   train) kind=run ;;
@@ -68,7 +73,7 @@ if [ -z "$run_dir" ] && [ $kind = run ]; then # the same after a requeue
   run_dir=runs/${SLURM_JOB_NAME:-mnist-dist}-$job
   arguments+=("run_dir=$run_dir")
 fi
-[[ " $*" == *" missing="* || $verb =~ ^(fetch|report)$ ]] || arguments+=(missing=fail)
+if [[ $verb =~ ^(train|evaluate|doctor)$ && " $*" != *" missing="* ]]; then arguments+=(missing=fail); fi
 
 # --- what SLURM gave: nodes, ranks per node, where they meet
 read -ra srun_options <<<"${SRUN_OPTIONS:-}"

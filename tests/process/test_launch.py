@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mnist_dist.cli import VERBS
 from tests.conftest import REPOSITORY, TRAIN, free_port, has_steps, losses, user_environment, wait_for
 from tests.processes import processes_of, ranks_of
 
@@ -105,6 +106,14 @@ def test_what_asks_for_no_training_is_answered_once(data_dir: Path, tmp_path: Pa
     assert code == 0
     assert output.count("# world size: 2\n") == output.count("# world size") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_verb_but_train_is_answered_without_ranks(tmp_path: Path) -> None:
+    for verb in VERBS.keys() - {"train"}:
+        for script in (LOCAL, NODE):  # the second would ask for NNODES
+            process = start([script, verb, "--help"], tmp_path, tmp_path, NPROC="2")
+            output, _ = process.communicate(timeout=60)
+            assert (process.returncode, output[: len(verb) + 18]) == (0, f"usage: mnist-dist {verb}")
 
 
 def test_the_run_directory_of_a_file_holds_and_latest_is_the_latest(data_dir: Path, tmp_path: Path) -> None:
