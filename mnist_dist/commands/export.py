@@ -18,7 +18,7 @@ from torch import Tensor
 from mnist_dist.commands.evaluate import choose_config
 from mnist_dist.config.paths import expand_path
 from mnist_dist.data.dataset import load_dataset
-from mnist_dist.data.download import dataset_file
+from mnist_dist.data.download import find_place
 from mnist_dist.data.synthetic import draw_digits
 from mnist_dist.errors import RequestError, RunError, StorageError
 from mnist_dist.files import write_atomically
@@ -140,7 +140,7 @@ def trace(classifier: Classifier) -> torch.export.ExportedProgram:
 def find_images(source: Source) -> tuple[Tensor, str]:
     """Images uint8 [n, 28, 28] to compare predictions on, and which they are: the run's, or else drawn digits."""
     config = choose_config(source, {})
-    if dataset_file(config.dataset, config.data_dir).is_file():
+    if find_place(config.dataset, config.data_dir):
         dataset = load_dataset(config.dataset, config.data_dir, config.validation)
         return dataset.eval_split.images, f"{dataset.name}, {dataset.eval_name}"
     return draw_digits(2 * BATCH_SIZE, seed=0)[0], f"drawn digits (there is no {config.dataset} in {config.data_dir})"
