@@ -128,7 +128,7 @@ SENTENCES = {
         Status.FAIL,
         "{who}: {why}",
         "this rank cannot take part as it was started",
-        "do what the sentence says",
+        "mend that; where it is a GPU that is wrong, ACCELERATE_USE_CPU=true trains on the CPU all the same",
     ),
     "same.differs": Sentence(
         "same everywhere",

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
-from mnist_dist.errors import one_line
+from mnist_dist.errors import JobError, one_line
 
 Report = Callable[[str, Any], None]  # takes the name of a result, and the result
 FAILED = "failed"  # the name of what the child raised, in a sentence
@@ -78,7 +78,9 @@ def _be_child(work: Callable[[Report], None], sender: Connection) -> None:
         work(lambda name, value: sender.send((name, value)))
         sender.send((DONE, True))
     except Exception as error:  # whatever a driver raises is a result
+        is_plain = isinstance(error, OSError | JobError)
+        words = getattr(error, "strerror", None) or one_line(error)
         with contextlib.suppress(OSError):
-            sender.send((FAILED, f"{type(error).__name__}: {one_line(error)}"))
+            sender.send((FAILED, words if is_plain else f"{type(error).__name__}: {words}"))
     finally:
         os._exit(0)

@@ -101,7 +101,10 @@ class Doctor:
             self.not_needed["gpus"] = "no GPU"
         self.examine_run_directory()  # collective
         self.examine_data()  # collective
-        self.examine_devices()  # collective
+        if any(finding.name == "request.refused" for finding in self.findings):
+            self.skip(("compute", "speed"), "request failed")
+        else:
+            self.examine_devices()  # collective
         if self.env.world_size == 1:
             self.not_needed |= dict.fromkeys(("exchange", "speed"), "one rank")
         elif why := self.what_failed("names", "reachability", "mtu", "compute", "request"):
@@ -298,7 +301,7 @@ class Doctor:
 
     def describe_devices(self) -> str:
         """What the ranks compute on."""
-        return ", ".join(self.devices) or "no device answered"
+        return ", ".join(self.devices) or "no device was tried, or none answered"
 
     def advise(self, findings: list[Finding], hosts: list[str]) -> str:
         """What can be done now."""
