@@ -14,12 +14,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mnist_dist.api import quieten_libraries, start_training
 from mnist_dist.config.parse import describe_keys, load_config
 from mnist_dist.config.paths import redact_address
 from mnist_dist.config.schema import Config
 from mnist_dist.distributed.launch_env import LaunchEnv, read_launch_env
 from mnist_dist.errors import JobError, RequestError, RunError
-from mnist_dist.run import stop
 
 VERBS = {
     "train": "train a network",
@@ -183,23 +183,16 @@ def run_verb(options: argparse.Namespace, rest: list[str], env: LaunchEnv) -> in
     if options.check:
         print(recipe, config.run_dir or "", int(config.timeout_s), sep="\n")
         return 0
-    # NCCL would abort the process before anybody can name the rank that failed; the watchdog judges.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lost connections come with a C++ stack; we name the rank
     if options.verb != "train":
+        quieten_libraries()
         command = importlib.import_module(f"mnist_dist.commands.{options.verb}")
         return int(command.run(options, config, env))
-    is_guest = stop.install()  # of a process that has another purpose and goes on, as a notebook's
-    try:
-        from mnist_dist.commands.train import plan, train
+    if options.dry_run:
+        from mnist_dist.commands.train import plan
 
-        if options.dry_run:
-            print(plan(config, env.world_size), end="")
-            return 0
-        return train(config, recipe, env)
-    finally:
-        if is_guest:
-            stop.uninstall()
+        print(plan(config, env.world_size), end="")
+        return 0
+    return start_training(config, recipe, env)[0]
 
 
 def read_request(rest: list[str], env: LaunchEnv) -> tuple[Config, str]:

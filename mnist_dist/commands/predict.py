@@ -16,11 +16,11 @@ from rich.text import Text
 from torch import Tensor
 
 from mnist_dist.config.paths import expand_path
-from mnist_dist.data.picture import SUFFIXES, prepare
+from mnist_dist.data.picture import SIDE, SUFFIXES, prepare
 from mnist_dist.errors import RequestError, RunError
 from mnist_dist.models import Classifier
 from mnist_dist.run.stop import interruptible
-from mnist_dist.run.weights import build_network, read_source
+from mnist_dist.run.weights import Source, build_network, read_source
 
 STANDARD_INPUT = "standard input"
 NO_DIGITS = ("fashion-mnist", "kmnist")  # datasets whose classes are other things
@@ -37,8 +37,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     if len(words) < 2:
         raise RequestError("give a RUN and one IMAGE or more: files, folders, or - for the standard input")
     source = read_source(Path(expand_path(words[0], "RUN")))
-    if source.dataset in NO_DIGITS:
-        raise RequestError(f"{source.path} was trained on {source.dataset}, which has no digits; give another RUN")
+    check_digits(source)
     classifier = Classifier(build_network(source)[0])
     torch.set_num_threads(1)  # pictures are small
     names = [name for word in words[1:] for name in list_pictures(word)]
@@ -60,6 +59,21 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     if num_answered == len(names):
         return 0
     return RunError.exit_code if num_answered else RequestError.exit_code
+
+
+def check_digits(source: Source) -> None:
+    """Raises RequestError where weights were trained on something other than digits."""
+    if source.dataset in NO_DIGITS:
+        raise RequestError(f"{source.path} was trained on {source.dataset}, which has no digits; give another RUN")
+
+
+def read_pictures(names: list[str]) -> Tensor:
+    """Images uint8 [n, 28, 28] of n pictures. Raises RequestError, which names the first that cannot be read."""
+    images = torch.zeros(len(names), SIDE, SIDE, dtype=torch.uint8)
+    for number, name in enumerate(names):
+        with open_picture(name) as file:
+            images[number] = prepare(file, name)
+    return images
 
 
 def list_pictures(word: str) -> list[str]:

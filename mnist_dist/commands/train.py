@@ -3,7 +3,9 @@
 Every rank comes through here. Rank 0 alone touches the run directory; what it finds there the others hear from it.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,21 +40,21 @@ from mnist_dist.training.announce import check_record, describe, finish, say_jum
 from mnist_dist.training.trainer import Trainer
 
 
-def train(config: Config, recipe: str, env: LaunchEnv) -> int:
-    """Train, and return the exit code: FINISHED, or STOPPED on request. Raises JobError."""
+def train(config: Config, recipe: str, env: LaunchEnv) -> tuple[int, Path]:
+    """Train, and return the exit code, FINISHED, or STOPPED on request; and the run's folder. Raises JobError."""
     tune_cpu()
     with stop.interruptible("fetching the dataset"):
         downloaded = download_once(config, env)
     with stop.interruptible("waiting for the other ranks"):
         meeting = meet_ranks(config, env)  # collective
-    with init_distributed(config, env, meeting) as world:  # collective
+    with ExitStack() as stack, init_distributed(config, env, meeting) as world:  # collective
         with world.shared_errors():  # collective
             if isinstance(downloaded, JobError):
                 raise downloaded
             check_trackers(config.log_with)
         dataset = load_same_dataset(config, world, downloaded)  # collective
         with world.shared_errors():  # collective
-            start = open_run(config, recipe, env) if world.is_main else None
+            start = open_run(config, recipe, env, stack) if world.is_main else None
         path, saved = world.broadcast((start.run_dir.path, start.saved) if start else None)  # collective
         bits = bits_depend_on(config, world)
         logger = start.logger if start else NullLogger()
@@ -67,7 +69,7 @@ def train(config: Config, recipe: str, env: LaunchEnv) -> int:
             if world.is_main:
                 trainer.run_dir.stop.unlink(missing_ok=True)
             logger.info(f"{path} is finished (step {done}); nothing to do")
-            return FINISHED
+            return FINISHED, path
         with world.shared_errors():  # collective
             if world.is_main:
                 describe(trainer, is_resumed=bool(saved))
@@ -76,7 +78,7 @@ def train(config: Config, recipe: str, env: LaunchEnv) -> int:
         code = run_loop(trainer)  # collective
     if start and code == FINISHED:  # no rank waits for it any more
         write_report(trainer)
-    return code
+    return code, path
 
 
 def run_loop(trainer: Trainer) -> int:
@@ -153,7 +155,6 @@ class Start:
     """What rank 0 holds open while it trains."""
 
     run_dir: RunDir
-    lock: Lock
     logger: Logger
     found: Checkpoint | None  # to go on from
 
@@ -163,17 +164,20 @@ class Start:
         return self.found.training if self.found else None
 
 
-def open_run(config: Config, recipe: str, env: LaunchEnv) -> Start:
-    """Make or find the run directory, lock it, and see what is in it. Raises RequestError, StorageError, OSError."""
+def open_run(config: Config, recipe: str, env: LaunchEnv, stack: ExitStack) -> Start:
+    """Make or find the run directory, lock it until `stack` ends, and see what is in it.
+
+    Raises RequestError, StorageError, OSError.
+    """
     source = resume.find_source(config, warn)
     folder = RunDir(config.run_dir) if config.run_dir else run_dir.create(recipe)
-    lock = Lock(folder)
+    stack.callback(Lock(folder).release)  # where this process goes on, as a notebook's, the next run must get in
     if env.exit_code_file is None:  # our scripts, which leave such a file, do it before the ranks start
         stop.remove_stale(folder.stop)
     logger = Logger(folder)
     checkpoint.check_writable(folder.checkpoints)
     checkpoint.sweep(folder.checkpoints)
-    return Start(folder, lock, logger, resume.find_start(config, folder, source, logger.info))
+    return Start(folder, logger, resume.find_start(config, folder, source, logger.info))
 
 
 def load_checkpoint(trainer: Trainer, data: bytes) -> None:

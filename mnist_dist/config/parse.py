@@ -84,13 +84,16 @@ def load_config(arguments: Sequence[str]) -> tuple[Config, str]:
     pairs, words = split_arguments(arguments)
     if len(words) > 1:
         raise RequestError(f"{words[1]!r} is a second recipe beside {words[0]!r}, or no key=value; give one recipe")
-    values: dict[str, Any] = {}
-    recipe = ""
-    if words:
-        path = find_recipe(words[0])
-        values, recipe = parse_values(read_file(path).items(), f"in {path}"), path.stem
-    config = build_config(values | parse_values(pairs, "on the command line"))
-    return config, recipe or config.model
+    return read_recipe(words[0] if words else "", parse_values(pairs, "on the command line"))
+
+
+def read_recipe(word: str, overrides: dict[str, Any]) -> tuple[Config, str]:
+    """The configuration of a recipe, or of none, with the overrides; and its name, as above. Raises RequestError."""
+    if not word:
+        config = build_config(overrides)
+        return config, config.model
+    path = find_recipe(word)
+    return build_config(parse_values(read_file(path).items(), f"in {path}") | overrides), path.stem
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:

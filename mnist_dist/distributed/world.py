@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from mnist_dist.distributed.watchdog import Phase, Watchdog
 from mnist_dist.errors import JobError, StorageError
@@ -102,6 +103,8 @@ class World:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the group: in order where all ranks leave together, else with the watchdog's word on who failed."""
+        # Accelerate's state belongs to the process: the next run in it, as in a notebook, may ask for another.
+        AcceleratorState._reset_state(reset_partial_state=True)
         if not self.watchdog:
             return
         if isinstance(error, Exception) and not isinstance(error, JobError):

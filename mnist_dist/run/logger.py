@@ -70,7 +70,13 @@ class Logger(NullLogger):
         columns = os.environ.get("COLUMNS", "")
         width = 80 if columns.isdecimal() and int(columns) == 0 else None
         self.console = Console(
-            file=stream, highlight=False, soft_wrap=True, emoji=False, force_terminal=is_terminal, width=width
+            file=stream,
+            highlight=False,
+            soft_wrap=True,
+            emoji=False,
+            force_terminal=is_terminal,
+            force_jupyter=False,  # a notebook takes plain lines too
+            width=width,
         )
         # Lines are the terminal's to wrap, so that a path can be copied; a narrow one would break words.
         self.console.soft_wrap = not (is_terminal and self.console.width < NARROW)

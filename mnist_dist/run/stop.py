@@ -32,6 +32,7 @@ _STARTED_S = time.time()  # this module is the first that a run imports
 
 _received: list[str] = []
 _previous: dict[signal.Signals, Any] = {}  # the handlers that were there before
+_previous_fd = -1  # the same for the file descriptor that the interpreter writes signals into
 _is_interruptible = False
 _launcher: int | None = None
 
@@ -41,12 +42,14 @@ def install() -> bool:
 
     Returns whether they were noted by nobody before.
     """
-    global _launcher
+    global _launcher, _previous_fd
     if _previous or threading.current_thread() is not threading.main_thread():
         return False  # installed by the entry, before the imports; the launcher may have gone since
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # the interpreter writes each signal's number into it
+    _previous_fd = signal.set_wakeup_fd(
+        writer, warn_on_full_buffer=False
+    )  # the interpreter writes each signal's number into it
     threading.Thread(target=_end_at_second_interrupt, args=(reader,), name="stop", daemon=True).start()
     for number in SIGNALS:
         if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
@@ -63,7 +66,7 @@ def uninstall() -> None:
         for number, handler in _previous.items():
             signal.signal(number, handler)
         if _previous:
-            os.close(signal.set_wakeup_fd(-1))  # which ends the thread
+            os.close(signal.set_wakeup_fd(_previous_fd))  # which ends the thread
         _previous.clear()
         _received.clear()
 
