@@ -1,5 +1,6 @@
 """The tutorial's stages: each is a short change to the one before, runs, shows the fault that the next one ends."""
 
+import contextlib
 import difflib
 import functools
 import gzip
@@ -21,7 +22,16 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from tests.conftest import FORKS, REPOSITORY, Result, clean_environment, free_port, rank_environment, wait_ranks
+from tests.conftest import (
+    FORKS,
+    REPOSITORY,
+    Result,
+    clean_environment,
+    free_port,
+    rank_environment,
+    wait_for,
+    wait_ranks,
+)
 
 PAGE = REPOSITORY / "docs" / "TUTORIAL.md"
 TUTORIAL = REPOSITORY / "docs" / "tutorial"
@@ -362,21 +372,23 @@ def test_the_batch_script_makes_one_job_of_its_tasks_and_requeues_it(
     slurm: dict[str, str], images_dir: Path, tmp_path: Path
 ) -> None:
     environment = slurm | {"DATA": str(images_dir), "CHECKPOINT": str(tmp_path / "checkpoint.pt"), "EPOCHS": "9999"}
-    script = [str(TUTORIAL / "10_slurm.sh")]
-    output = subprocess.PIPE
-    with subprocess.Popen(script, cwd=REPOSITORY, env=environment, stdout=output, text=True) as job:
-        assert job.stdout
-        lines = []
-        for line in job.stdout:
-            lines.append(line)
-            if line.startswith("epoch 1:"):
-                pid = next(re.findall(r"rank 1 of 2 is process (\d+)", text) for text in lines if "rank 1" in text)[0]
-                os.kill(int(pid), signal.SIGTERM)
-                break
-        lines += job.stdout.readlines()
+    log = tmp_path / "slurm.txt"
+    with log.open("w") as file:
+        command = [str(TUTORIAL / "10_slurm.sh")]
+        job = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=file, start_new_session=True)
+    try:
+        wait_for(lambda: "epoch 1: the first images" in log.read_text())
+        rank_1 = re.findall(r"rank 1 of 2 is process (\d+)", log.read_text())
+        assert len(rank_1) == 1, log.read_text()
+        os.kill(int(rank_1[0]), signal.SIGTERM)
+        job.wait(60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
     assert job.returncode == 3
-    assert sorted(re.findall(r"rank (\d) of (\d)", "".join(lines))) == [("0", "2"), ("1", "2")]
-    assert lines[-1] == f"requeued {slurm['SLURM_JOB_ID']}\n"
+    assert sorted(re.findall(r"rank (\d) of (\d)", log.read_text())) == [("0", "2"), ("1", "2")]
+    assert log.read_text().endswith(f"requeued {slurm['SLURM_JOB_ID']}\n")
 
 
 def test_tasks_without_the_variables_are_two_jobs(images_dir: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mnist_dist.cli import main
+from mnist_dist.cli import VERBS, main
 from mnist_dist.config.parse import build_config
 from mnist_dist.data import download as fetch
 from mnist_dist.data import synthetic
@@ -24,7 +24,7 @@ from mnist_dist.training.evaluation import Evaluation, evaluate
 from tests.conftest import NUM_TEST, REPOSITORY, TRAIN, clean_environment
 from tests.unit.data.test_download import archives, pretend
 
-MAIN = "import sys; from mnist_dist.cli import main; sys.exit(main(sys.argv[1:]))"
+MAIN = "import sys; from mnist_dist.cli import VERBS, main; sys.exit(main(sys.argv[1:]))"
 LONG = "x" * 5000  # no file system takes such a name
 
 
@@ -159,7 +159,7 @@ def test_bad_requests(arguments: list[str], sentence: str, weights: Path, capsys
     assert sentence in refusal(arguments, capsys)
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "fetch"])
+@pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_of_a_verb(verb: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed([verb, flag], capsys).startswith(f"usage: mnist-dist {verb} ")
@@ -167,7 +167,7 @@ def test_help_of_a_verb(verb: str, flag: str, capsys: pytest.CaptureFixture[str]
 
 def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(["--help"], capsys)
-    assert all(f"\n    {verb} " in text for verb in ("train", "evaluate", "fetch"))
+    assert all(f"\n    {verb} " in text for verb in VERBS)
 
 
 @pytest.mark.parametrize(
