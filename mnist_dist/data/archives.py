@@ -18,6 +18,14 @@ from torch import Tensor
 
 from mnist_dist.files import find_obstacle, is_file
 
+# The datasets that are made of files which torchvision knows, and its class of each.
+CLASSES = {
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+    "kmnist": "KMNIST",
+    "qmnist": "QMNIST",
+    "emnist-digits": "EMNIST",
+}
 # Of the unpacked files, which torchvision has no sums of.
 UNPACKED_MD5 = {
     "mnist": {
@@ -46,13 +54,7 @@ def torchvision_class(dataset: str) -> Any:
     """The class of torchvision that knows the dataset's files."""
     from torchvision import datasets  # late: it takes a second, and a prepared dataset does without
 
-    return {
-        "mnist": datasets.MNIST,
-        "fashion-mnist": datasets.FashionMNIST,
-        "kmnist": datasets.KMNIST,
-        "qmnist": datasets.QMNIST,
-        "emnist-digits": datasets.EMNIST,
-    }[dataset]
+    return getattr(datasets, CLASSES[dataset])
 
 
 def list_archives(dataset: str) -> list[Archive]:

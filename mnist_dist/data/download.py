@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from mnist_dist.config.paths import redact_address, split_credentials
-from mnist_dist.data.archives import find_archives, list_archives, md5_of, raw_folder, read_archives
+from mnist_dist.data.archives import CLASSES, find_archives, list_archives, md5_of, raw_folder, read_archives
 from mnist_dist.data.dataset import dataset_file, fetch_command, is_prepared, write_dataset
 from mnist_dist.data.synthetic import draw_dataset
 from mnist_dist.errors import DownloadError, RequestError, StorageError
@@ -98,7 +98,7 @@ def find_place(dataset: str, data_dir: Path) -> Path | None:
     """
     if is_prepared(dataset, data_dir):
         return dataset_file(dataset, data_dir)
-    if dataset == "synthetic":
+    if dataset not in CLASSES:
         return None
     files, lacking = find_archives(dataset, data_dir)
     return None if lacking else next(iter(files.values())).parent
@@ -114,7 +114,7 @@ def look_up(dataset: str, data_dir: Path, reason: str, say: Say) -> None:
         return
     path = dataset_file(dataset, data_dir)
     problem = f"there is no {path}"
-    if dataset != "synthetic":
+    if dataset in CLASSES:
         files, lacking = find_archives(dataset, data_dir)
         if not lacking:
             say(f"{dataset} is read from {next(iter(files.values())).parent} at each start, since there is no {path}")

@@ -112,7 +112,10 @@ def test_another_dataset(num_classes: int, tmp_path: Path) -> None:
     if num_classes == 100:
         refused = run_verb(folder, ["train", "dataset=cifar100", "missing=fail"], fetch_noise)
         assert refused.code == 2
-        assert refused.output == "mnist-dist: cifar100 could not be fetched: Dataset not found or corrupted.\n"
+        assert refused.output == (
+            "mnist-dist: there is no data/cifar100.safetensors, and missing=fail forbids the network; run "
+            "`mnist-dist fetch dataset=cifar100 data_dir=data` where there is one\n"
+        )
     fetched = run_verb(folder, ["fetch", "cifar100"], fetch_noise)
     assert fetched.code == 0, fetched.output
     from safetensors.torch import load_file
