@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -56,9 +57,11 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         print(f"next: load_state_dict(safetensors.torch.load_file({str(path)!r}))")
         return 0
     classifier = Classifier(network.to(memory_format=torch.contiguous_format))
-    with interruptible("exporting"), Console(stderr=True).status("exporting"):
+    # isatty alone decides, as in run/logger.py: FORCE_COLOR would draw into a log file.
+    console = Console(stderr=True, force_terminal=sys.stderr is not None and sys.stderr.isatty())
+    with interruptible("exporting"), console.status("exporting"):
         data, load = to_onnx(classifier) if options.to == "onnx" else to_torch_export(classifier)
-    with interruptible("comparing predictions"), Console(stderr=True).status("comparing predictions"):
+    with interruptible("comparing predictions"), console.status("comparing predictions"):
         images, what = find_images(source)
         num_equal, difference = compare(classifier, load(data), images)
     if num_equal < len(images):
