@@ -100,8 +100,7 @@ def test_a_preemption(cluster: Cluster, submit: Submit, undisturbed: Undisturbed
     )
 
 
-@pytest.mark.parametrize("launcher", ["srun", "accelerate"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "launcher"), [(0, "srun"), (1, "srun"), (0, "accelerate")])
 def test_a_killed_rank(rank: int, launcher: str, submit: Submit, undisturbed: Undisturbed) -> None:
     job = submit("--nodes=2", *TRAINING, LAUNCHER=launcher)
     job.wait_for_steps()
