@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mnist_dist.config.schema import Config
 from mnist_dist.data.dataset import Dataset, Split
 from mnist_dist.data.synthetic import draw_digits
 from mnist_dist.distributed.world import World
+from mnist_dist.hashing import tensor_bytes
 from mnist_dist.run.logger import NullLogger
 from mnist_dist.run.run_dir import RunDir
 from mnist_dist.training.exchange import Exchange, add_along_tree
@@ -159,7 +159,6 @@ class AccountingTrainer(Trainer):
         self.account.steps.append(step)
         self.exchange.step = Step()
         if self.state.step == self.stop_after and self.world.is_main:
-            self.run_dir.path.mkdir(parents=True, exist_ok=True)
             self.run_dir.stop.touch()
         self.sync.steps_to_next = 1  # so that a stop is heard at once
 
@@ -175,6 +174,5 @@ class AccountingTrainer(Trainer):
 
 
 def hash_bits(tensor: Tensor) -> str:
-    """A hash of a tensor's bits, in its own order of memory."""
-    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.blake2b(data.numpy().data, digest_size=6).hexdigest()
+    """A hash of a tensor's bits."""
+    return hashlib.blake2b(tensor_bytes(tensor), digest_size=6).hexdigest()

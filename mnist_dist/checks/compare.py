@@ -24,10 +24,10 @@ def compare_alone(world: World, accounts: Sequence[Account], model: str) -> list
     """Ranks that computed something else than most, each by itself."""
     ends = [account.steps[-1].weights for account in accounts]
     common = most(ends)
-    usual = next(account for account, end in zip(accounts, ends, strict=True) if repr(end) == common)
+    usual = accounts[ends.index(common)]
     findings = []
     for rank, account in enumerate(accounts):
-        if repr(ends[rank]) == common:
+        if ends[rank] == common:
             continue
         for number, (step, other) in enumerate(zip(account.steps, usual.steps, strict=True)):
             kinds = [("a gradient", *pair) for pair in zip(step.gradients, other.gradients, strict=True)]

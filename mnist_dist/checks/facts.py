@@ -14,7 +14,7 @@ import torch
 
 from mnist_dist.checks.guard import run_guarded
 from mnist_dist.config.schema import Config
-from mnist_dist.distributed.device import driver_version, nccl_version, processor, promised_gpu, usable_cores
+from mnist_dist.distributed.device import driver_version, nccl_version, processor, usable_cores, why_no_gpu
 from mnist_dist.distributed.launch_env import LaunchEnv
 from mnist_dist.distributed.preflight import group_address, interfaces, time_lookup
 from mnist_dist.distributed.rendezvous import describe_request
@@ -40,7 +40,7 @@ KERNEL_ERRORS = re.compile(
 )
 
 
-def find_place(env: LaunchEnv) -> dict[str, Any]:
+def describe_place(env: LaunchEnv) -> dict[str, Any]:
     """Where this rank is and is reached: little enough for one network packet."""
     refusal, address = "", ""
     try:
@@ -55,14 +55,12 @@ def find_place(env: LaunchEnv) -> dict[str, Any]:
 
 def gather_facts(config: Config, env: LaunchEnv) -> dict[str, Any]:
     """What else this rank knows, as JSON holds it."""
-    refusal, num_devices = "", 0 if env.use_cpu else count_devices()
-    if not env.use_cpu and (promise := promised_gpu()) and not num_devices:
-        refusal = f"{promise}, but torch sees no GPU (torch {torch.__version__}, driver {driver_version()})"
+    num_devices = 0 if env.use_cpu else count_devices()
     gpus, gpu_problem = read_gpus() if num_devices else ([], "")
     free_shm = shutil.disk_usage(SHM).free if SHM.is_dir() else None
     return {
         "local_rank": env.local_rank,
-        "device_refusal": refusal,
+        "device_refusal": "" if env.use_cpu or num_devices else why_no_gpu(),
         "request": describe_request(config),
         "same": {
             "kernel": os.uname().release,

@@ -4,7 +4,7 @@ docs/DOCTOR.md lists the same sentences, which a test compares.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -82,11 +82,6 @@ def find(name: str, hosts: Iterable[str] = (), /, **fields: Any) -> Finding:
     text, cause, cure = (part.format(**fields) for part in (sentence.text, sentence.cause, sentence.cure))
     check = sentence.check.format(**fields)
     return Finding(name, check, sentence.status, text, cause, cure, tuple(dict.fromkeys(hosts)))
-
-
-def to_json(finding: Finding) -> dict[str, Any]:
-    """A finding for `--json`."""
-    return asdict(finding)
 
 
 def worst(findings: Sequence[Finding]) -> Status:

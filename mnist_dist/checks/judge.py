@@ -4,7 +4,7 @@
 """
 
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,9 +43,9 @@ def by_host(facts: Sequence[Facts | None]) -> dict[str, list[Facts]]:
     return hosts
 
 
-def most(values: Sequence[Any]) -> Any:
+def most(values: list[Any]) -> Any:
     """The value that most have; of equally many the first one's."""
-    return Counter(map(repr, values)).most_common(1)[0][0] if values else None
+    return max(values, key=values.count)
 
 
 def judge_requests(facts: Sequence[Facts | None]) -> list[Finding]:
@@ -59,9 +59,9 @@ def judge_requests(facts: Sequence[Facts | None]) -> list[Finding]:
         values = [one["request"].get(key) for one in came]
         common = most(values)
         for one, value in zip(came, values, strict=True):
-            if repr(value) != common:
-                other = next(v for v in values if repr(v) == common)
-                findings.append(find("request.differs", [one["host"]], who=who(one), key=key, value=value, other=other))
+            if value != common:
+                words = {"who": who(one), "key": key, "value": value, "other": common}
+                findings.append(find("request.differs", [one["host"]], **words))
     return findings[:8]
 
 
@@ -74,9 +74,9 @@ def judge_sameness(facts: Sequence[Facts | None]) -> list[Finding]:
             values = [one[kind].get(key, "nothing") for one in first]
             common = most(values)
             for one, value in zip(first, values, strict=True):
-                if repr(value) != common:
-                    other = next(v for v in values if repr(v) == common)
-                    findings.append(find(name, [one["host"]], who=one["host"], key=key, value=value, other=other))
+                if value != common:
+                    words = {"who": one["host"], "key": key, "value": value, "other": common}
+                    findings.append(find(name, [one["host"]], **words))
     return findings
 
 
@@ -134,9 +134,9 @@ def judge_mtu(facts: Sequence[Facts | None], stalls: Sequence[list[int] | None])
                 places = {"host": one["host"], "peer": other["host"]}
                 findings.append(find("mtu.stalls", places.values(), **places, mtu=one["mtu"], peer_mtu=other["mtu"]))
     first = [ranks[0] for ranks in by_host(facts).values() if not is_loopback(ranks[0]["address"])]
-    common = most([one["mtu"] for one in first])
+    common = most([one["mtu"] for one in first]) if first else 0
     for one in first:
-        if repr(one["mtu"]) != common:
+        if one["mtu"] != common:
             names = {"host": one["host"], "interface": one["interface"]}
             findings.append(find("mtu.differs", [one["host"]], **names, mtu=one["mtu"], other=common))
     return findings
@@ -242,14 +242,14 @@ def judge_data(facts: Sequence[Facts | None], data: Sequence[Facts | None], data
     having = [host for host, value in held.items() if value]
     if held and not having:
         return [*findings, find("data.absent", dataset=dataset, folder=folder)]
-    common = most([held[host] for host in having])
+    common = most([held[host] for host in having]) if having else ""
     for host, value in held.items():
         names = {"host": host, "dataset": dataset, "folder": folder}
         if not value:
             findings.append(find("data.missing", [host], **names, first=having[0]))
-        elif repr(value) != common:
-            first = next(h for h in having if repr(held[h]) == common)
-            hashes = {"value": value[:12], "other": held[first][:12]}
+        elif value != common:
+            first = next(h for h in having if held[h] == common)
+            hashes = {"value": value[:12], "other": common[:12]}
             findings.append(find("data.differs", [host], **names, first=first, **hashes))
     return findings
 
@@ -313,7 +313,7 @@ def judge_exchange(facts: Sequence[Facts | None], results: Sequence[Facts | None
     common = most(list(hashes.values()))
     for rank, value in hashes.items():
         one = facts[rank]
-        if one and repr(value) != common:
+        if one and value != common:
             findings.append(find("exchange.differs", [one["host"]], who=who(one)))
     if not findings and first["content"] is not None:
         findings.append(find("exchange.wrong", what=f"a wrong element, {first['content']},", who="the ranks"))

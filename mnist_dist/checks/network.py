@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mnist_dist.distributed.preflight import CONNECT_S, try_connect
+from mnist_dist.distributed.preflight import CONNECT_S, is_loopback, try_connect
 
 SMALL_BYTES, LARGE_BYTES = 1 << 10, 256 << 10  # one packet; many
 LINK_BYTES = 8 << 20
@@ -89,12 +89,7 @@ def find_ways(peer: dict[str, Any], address: str) -> tuple[str, list[str]]:
     if not why:
         return "", []
     others = [(name, other) for name, other, _ in peer["interfaces"] if other != address]
-    return why, [name for name, other in others if not is_own(other) and not try_connect(other, peer["port"])]
-
-
-def is_own(address: str) -> bool:
-    """Whether it leads to whoever uses it."""
-    return address.startswith("127.") or address == "::1"
+    return why, [name for name, other in others if not is_loopback(other) and not try_connect(other, peer["port"])]
 
 
 def read_clock(connection: socket.socket) -> Clock:

@@ -3,15 +3,21 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from mnist_dist.checks.findings import CHECKS, COMPARISONS, Finding, Status, to_json, worst
+from mnist_dist.checks.findings import CHECKS, COMPARISONS, Finding, Status, worst
 
 COLOURS = {Status.FAIL: "bold red", Status.WARN: "yellow", Status.SKIP: "cyan", Status.PASS: "green"}
 ORDER = [*CHECKS, *COMPARISONS]
+
+
+def count_ranks(num_ranks: int, num_hosts: int) -> str:
+    """How many ranks on how many hosts, in words."""
+    return f"{num_ranks} rank{'s' * (num_ranks > 1)} on {num_hosts} host{'s' * (num_hosts > 1)}"
 
 
 def sort_findings(findings: Sequence[Finding]) -> list[Finding]:
@@ -47,5 +53,5 @@ def write_json_verdict(
 ) -> None:
     """Print everything as one JSON object."""
     verdict = "FAIL" if worst(findings) == Status.FAIL else "PASS"
-    rows = [to_json(finding) for finding in sort_findings(findings)]
+    rows = [asdict(finding) for finding in sort_findings(findings)]
     print(json.dumps({"verdict": verdict, "seconds": seconds, "checks": statuses, "findings": rows, **details}))

@@ -1,7 +1,6 @@
 """The run directory's file system and the dataset: work for a guarded child, since a file server may hang."""
 
 import fcntl
-import os
 import shutil
 import time
 from pathlib import Path
@@ -11,8 +10,8 @@ from mnist_dist.config.schema import Config
 from mnist_dist.data.dataset import load_dataset
 from mnist_dist.data.download import find_place
 from mnist_dist.errors import JobError
+from mnist_dist.files import write_atomically
 
-DEFAULT_FOLDER = Path("runs")  # where run directories are made
 HELD_S = 60.0  # how long a lock is held at most: the child that holds it is killed before
 SEEN_S = 3.0  # how long a host may need to see another's new file
 
@@ -24,26 +23,18 @@ def existing_parent(folder: Path) -> Path:
 
 
 def hold_nonce(folder: Path, nonce: str, report: Report) -> None:
-    """Write a file as a checkpoint is written: beside its place, synced, renamed. Then hold a lock on it.
+    """Write a file as those of a run are written. Then hold a lock on it.
 
     Reports its "path", in the folder or the nearest above that is there, and "free", the bytes that are left, once the
     lock is held. Raises OSError.
     """
     path = existing_parent(folder) / f".mnist-dist-{nonce[:8]}"
     report("path", str(path))
-    temporary = path.with_name(path.name + ".new")
-    try:
-        with temporary.open("w") as file:
-            file.write(nonce)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        with path.open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            report("free", shutil.disk_usage(path.parent).free)
-            time.sleep(HELD_S)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, nonce.encode())
+    with path.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        report("free", shutil.disk_usage(path.parent).free)
+        time.sleep(HELD_S)
 
 
 def read_nonce(path: Path, nonce: str, report: Report) -> None:
@@ -69,10 +60,6 @@ def read_nonce(path: Path, nonce: str, report: Report) -> None:
 def remove_nonce(path: Path, _report: Report) -> None:
     """Delete the file again."""
     path.unlink(missing_ok=True)
-
-
-def do_nothing(_report: Report) -> None:
-    """What a rank does that holds no lock."""
 
 
 def read_data(config: Config, report: Report) -> None:

@@ -5,6 +5,7 @@ in a child process. Whatever is broken, all ranks end, and the verdict names wha
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
@@ -17,17 +18,25 @@ from typing import Any
 import torch.distributed as dist
 from rich.console import Console
 
-from mnist_dist.checks import device, judge, network, storage
+from mnist_dist.checks import compute, judge, network, storage
 from mnist_dist.checks.board import Board, RankZeroLostError
-from mnist_dist.checks.facts import find_place, gather_facts
+from mnist_dist.checks.facts import describe_place, gather_facts
 from mnist_dist.checks.findings import CHECKS, Finding, Status, find, worst
 from mnist_dist.checks.guard import Guarded, run_guarded
-from mnist_dist.checks.rows import print_findings, print_row, print_verdict, sort_findings, write_json_verdict
+from mnist_dist.checks.rows import (
+    count_ranks,
+    print_findings,
+    print_row,
+    print_verdict,
+    sort_findings,
+    write_json_verdict,
+)
 from mnist_dist.config.schema import Config
 from mnist_dist.distributed.launch_env import LaunchEnv
 from mnist_dist.distributed.preflight import choose_peers
 from mnist_dist.distributed.rendezvous import connect_store
 from mnist_dist.errors import RunError
+from mnist_dist.run.run_dir import RUNS
 
 JOIN_S = 30.0  # in which all ranks must have come: they import torch, from a slow file server perhaps
 ANSWER_S = 6.0  # for what takes a moment
@@ -76,7 +85,7 @@ class Doctor:
     def examine(self) -> None:
         """All checks, in an order in which each may rely on those before. Collective. Raises RankZeroLostError."""
         responder = network.Responder()
-        place = find_place(self.env) | {"port": responder.port}
+        place = describe_place(self.env) | {"port": responder.port}
         if self.env.world_size > 1 and self.large_packets_stall(place):  # collective
             return
         mine = place | gather_facts(self.config, self.env)
@@ -190,13 +199,13 @@ class Doctor:
 
     def examine_run_directory(self) -> None:
         """Can rank 0 write there, and do the other hosts see it? Collective."""
-        folder, nonce = self.config.run_dir or storage.DEFAULT_FOLDER, uuid.uuid4().hex
-        is_holder = self.env.rank == 0
-        work = functools.partial(storage.hold_nonce, folder, nonce) if is_holder else storage.do_nothing
-        with Guarded(work) as holder:
-            held = holder.collect(STORAGE_S, until="free") | {"nonce": nonce}
-            held = self.board.gather("held", held, STORAGE_S + ANSWER_S)[0]  # collective
-            seen = None
+        folder, nonce = self.config.run_dir or RUNS, uuid.uuid4().hex
+        is_holder, mine, seen = self.env.rank == 0, None, None
+        with contextlib.ExitStack() as stack:
+            if is_holder:
+                holder = stack.enter_context(Guarded(functools.partial(storage.hold_nonce, folder, nonce)))
+                mine = holder.collect(STORAGE_S, until="free") | {"nonce": nonce}
+            held = self.board.gather("held", mine, STORAGE_S + ANSWER_S)[0]  # collective
             if self.env.rank in self.leaders and not is_holder and "free" in held:
                 read = functools.partial(storage.read_nonce, Path(held["path"]), held["nonce"])
                 seen = run_guarded(read, STORAGE_S)
@@ -218,14 +227,14 @@ class Doctor:
     def examine_devices(self) -> None:
         """Does each device compute right, and as fast as the others? Collective."""
         self.board.gather("devices begin", None, ANSWER_S)  # so that all measure at the same time
-        reports = run_guarded(functools.partial(device.check_device, self.env), DEVICE_S)
+        reports = run_guarded(functools.partial(compute.check_device, self.env), DEVICE_S)
         results = self.board.gather("devices", reports, DEVICE_S + ANSWER_S)
         self.findings += judge.judge_devices(self.facts, results, DEVICE_S)
         self.devices = sorted({reports["device"] for reports in results if reports and "device" in reports})
 
     def examine_exchange(self) -> None:
         """Is a sum over the ranks one? Collective."""
-        work = functools.partial(device.check_exchange, self.env)
+        work = functools.partial(compute.check_exchange, self.env)
         reports = run_guarded(work, EXCHANGE_S)
         results = self.board.gather("exchange", reports, EXCHANGE_S + ANSWER_S)
         self.findings += judge.judge_exchange(self.facts, results, EXCHANGE_S)
@@ -285,9 +294,8 @@ class Doctor:
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         hosts = list(dict.fromkeys(host for host in self.hosts if host))
         names = ", ".join(hosts[:8]) + (" ..." if len(hosts) > 8 else "")
-        count = f"{self.env.world_size} rank{'s' * (self.env.world_size > 1)}"
-        places = f"{len(hosts)} host{'s' * (len(hosts) > 1)} ({names})"
-        console.print(f"doctor: {count} on {places}, {self.describe_devices()}", markup=False)
+        devices = ", ".join(self.devices) or "no device was tried, or none answered"
+        console.print(f"doctor: {count_ranks(self.env.world_size, len(hosts))} ({names}), {devices}", markup=False)
         print_findings(console, self.findings)
         if passed := [check for check, status in statuses.items() if status == Status.PASS]:
             print_row(console, Status.PASS, ", ".join(passed))
@@ -298,10 +306,6 @@ class Doctor:
             console.print(f"      {figure}")
         print_verdict(console, statuses, seconds)
         console.print(f"next: {self.advise(sort_findings(self.findings), hosts)}", markup=False)
-
-    def describe_devices(self) -> str:
-        """What the ranks compute on."""
-        return ", ".join(self.devices) or "no device was tried, or none answered"
 
     def advise(self, findings: list[Finding], hosts: list[str]) -> str:
         """What can be done now."""

@@ -21,7 +21,7 @@ from mnist_dist.checks import compare
 from mnist_dist.checks.account import Account, AccountingTrainer, alone, draw_small_dataset
 from mnist_dist.checks.findings import COMPARISONS, Finding, Status, find, worst
 from mnist_dist.checks.plant import FAULTS, Fault
-from mnist_dist.checks.rows import print_findings, print_row, print_verdict, write_json_verdict
+from mnist_dist.checks.rows import count_ranks, print_findings, print_row, print_verdict, write_json_verdict
 from mnist_dist.config.schema import Config
 from mnist_dist.data.dataset import Dataset
 from mnist_dist.data.sampler import steps_per_epoch
@@ -31,9 +31,9 @@ from mnist_dist.distributed.rendezvous import meet_ranks
 from mnist_dist.distributed.setup import init_distributed
 from mnist_dist.distributed.world import World
 from mnist_dist.errors import JobError
+from mnist_dist.models import MODELS, NUM_CLASSES
 from mnist_dist.run import checkpoint
 
-MODELS = ("mlp", "cnn")
 NUM_TRAIN, NUM_TEST = 3000, 500  # 47 steps an epoch, the last one short
 EPOCHS = 2
 STOP_AFTER = 30  # steps: in the middle of an epoch
@@ -122,43 +122,38 @@ class Verifier:
         self.say(f"{model}: every rank by itself")
         own = self.train(alone(world), config, dataset)
         if self.is_exact:
-            self.add(compare.compare_alone(world, world.gather(own), model))  # collective
+            self.findings += compare.compare_alone(world, world.gather(own), model)  # collective
             self.tried.add("alone")
         self.say(f"{model}: all ranks together")
         together = world.gather(self.train(world, config, dataset))  # collective
-        per_epoch = steps_per_epoch(NUM_TRAIN, config.batch_size)
-        labels = torch.bincount(dataset.eval_split.labels, minlength=10).tolist()
-        self.compare(together, own, model)
-        self.add(compare.count_images(world, together, NUM_TRAIN, per_epoch, labels, model))
-        self.add(compare.compare_speed(world, together, model))
+        self.findings += self.judge(together, own, config, dataset)
         self.num_steps[model] = len(own.steps)
         self.tried |= {"together", "images", "pace"}
         if not self.is_exact or any(account.error for account in together):
             return
         self.say(f"{model}: a second time")
         again = world.gather(self.train(world, config, dataset))  # collective
-        self.add(compare.compare_runs(world, again, together, "again.differs", model))
+        self.findings += compare.compare_runs(world, again, together, "again.differs", model)
         self.say(f"{model}: stopped, saved and gone on with")
         self.train(world, config, dataset, stop_after=STOP_AFTER)  # collective
         saved = checkpoint.find(self.folder / str(self.num_runs), lambda _: None) if world.is_main else None
         training = world.broadcast(saved.training if saved else None)  # collective
         resumed = world.gather(self.train(world, config, dataset, training=training))  # collective
-        self.add(compare.compare_runs(world, resumed, together, "resumed.differs", model))
+        self.findings += compare.compare_runs(world, resumed, together, "resumed.differs", model)
         self.tried |= {"again", "resumed"}
 
-    def compare(self, together: Sequence[Account], own: Account, model: str) -> None:
-        """Compare what the ranks did together with what one did alone."""
-        if self.is_exact:
-            found = compare.compare_together(self.world, together, own, model)
-        else:
-            found = compare.compare_losses(self.world, together, own, model)
+    def judge(self, together: Sequence[Account], own: Account, config: Config, dataset: Dataset) -> list[Finding]:
+        """What is wrong with what the ranks did together: beside what one did alone, and by itself."""
+        world, model = self.world, config.model
+        compare_with_own = compare.compare_together if self.is_exact else compare.compare_losses
+        found = compare_with_own(world, together, own, model)
         if not found and (error := together[0].error):
             found = [find("run.failed", [], model=model, why=error)]
-        self.add(found)
-
-    def add(self, findings: Sequence[Finding]) -> None:
-        """Note what was found."""
-        self.findings += findings
+        num_images = len(dataset.train.labels)
+        per_epoch = steps_per_epoch(num_images, config.batch_size)
+        labels = torch.bincount(dataset.eval_split.labels, minlength=NUM_CLASSES).tolist()
+        found += compare.count_images(world, together, num_images, per_epoch, labels, model)
+        return found + compare.compare_speed(world, together, model)
 
     def plant_faults(self, times: int) -> None:
         """Plant each fault on one rank, at one step of a copy of a short run; see whether it is named. Collective."""
@@ -169,7 +164,6 @@ class Verifier:
         world, config = self.world, self.config.model_copy(update={"model": "mlp", "epochs": PLANT_EPOCHS})
         dataset = draw_small_dataset(PLANT_TRAIN, PLANT_TEST)
         per_epoch = steps_per_epoch(PLANT_TRAIN, config.batch_size)
-        labels = torch.bincount(dataset.eval_split.labels, minlength=10).tolist()
         own = self.train(alone(world), config, dataset)
         dice = random.Random(config.seed)
         for fault in FAULTS:
@@ -180,34 +174,25 @@ class Verifier:
             results = []
             for _ in range(times):
                 rank, step = dice.randrange(world.size), dice.randrange(per_epoch, PLANT_EPOCHS * per_epoch)
-                results.append(self.plant(fault, 0 if fault.on_rank_0 else rank, step, config, dataset, own, labels))
+                results.append(self.plant(fault, 0 if fault.on_rank_0 else rank, step, config, dataset, own))
             if all(results):
                 self.noticed.append(fault.words)
 
-    def plant(
-        self, fault: Fault, rank: int, step: int, config: Config, dataset: Dataset, own: Account, labels: list[int]
-    ) -> bool:
+    def plant(self, fault: Fault, rank: int, step: int, config: Config, dataset: Dataset, own: Account) -> bool:
         """Whether one planted fault is found and the right rank named. Collective."""
-        world, kept = self.world, self.findings
+        world = self.world
 
         def prepare(trainer: AccountingTrainer) -> None:
             if world.rank == rank:
                 fault.plant(trainer, step)
 
         together = world.gather(self.train(world, config, dataset, prepare=prepare))  # collective
-        self.findings = []
-        self.compare(together, own, config.model)
-        self.add(compare.compare_speed(world, together, config.model))
-        if not together[0].error:
-            per_epoch = steps_per_epoch(PLANT_TRAIN, config.batch_size)
-            self.add(compare.count_images(world, together, PLANT_TRAIN, per_epoch, labels, config.model))
-        found, self.findings = self.findings, kept
-        where = world.members[rank].host
+        found = self.judge(together, own, config, dataset)
         is_noticed = any(f.name in fault.findings and world.name(rank) in f.text for f in found)
         if not is_noticed:
             instead = "; ".join(f.text for f in found) or "nothing"
             words = {"fault": fault.words, "who": world.name(rank), "step": step, "instead": instead}
-            self.add([find("planted.unnoticed", [where], **words)])
+            self.findings.append(find("planted.unnoticed", [world.members[rank].host], **words))
         return is_noticed
 
     def speak(self, seconds: float, *, as_json: bool) -> None:
@@ -223,8 +208,7 @@ class Verifier:
             return
         console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
         world = self.world
-        hosts = list(dict.fromkeys(member.host for member in world.members))
-        ranks = f"{world.size} rank{'s' * (world.size > 1)} on {len(hosts)} host{'s' * (len(hosts) > 1)}"
+        ranks = count_ranks(world.size, len({member.host for member in world.members}))
         exact = f"the bits of {self.config.bit_exact} ranks" if self.is_exact else "losses within a tolerance"
         console.print(f"verify: {ranks}, {world.members[0].device}, precision {world.precision}, {exact}")
         if not self.is_exact:
@@ -240,6 +224,5 @@ class Verifier:
         if self.not_here:
             console.print(f"      not planted here: {', '.join(self.not_here)}")
         print_verdict(console, statuses, seconds)
-        healthy = "mnist-dist bench, or training itself: mnist-dist train"
         failed = worst(self.findings) == Status.FAIL
-        console.print(f"next: {'mend the first row, and run this again' if failed else healthy}")
+        console.print(f"next: {'mend the first row, and run this again' if failed else 'train: mnist-dist train'}")

@@ -39,9 +39,9 @@ def expand_path(text: str, name: str) -> str:
     return expanded
 
 
-def redact_address(text: str) -> str:
-    """The same text, with *** for the user name and password of each address in it."""
-    return _CREDENTIALS.sub("***@", text)
+def redact_address(text: str, by: str = "***@") -> str:
+    """The same text, with `by` for the user name and password of each address in it."""
+    return _CREDENTIALS.sub(by, text)
 
 
 def split_credentials(address: str) -> tuple[str, str, str]:

@@ -13,6 +13,7 @@ from mnist_dist.data.archives import Part, find_archives, read_archives
 from mnist_dist.data.synthetic import draw_dataset
 from mnist_dist.errors import RequestError
 from mnist_dist.files import find_obstacle, is_file, write_atomically
+from mnist_dist.hashing import tensor_bytes
 
 
 class Split(NamedTuple):
@@ -59,7 +60,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
-        digest.update(tensors[key].contiguous().flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(tensors[key]))
     return digest.hexdigest()
 
 

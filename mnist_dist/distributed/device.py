@@ -18,11 +18,8 @@ def choose_device(env: LaunchEnv) -> torch.device:
     if env.use_cpu:
         return torch.device("cpu")
     if not torch.accelerator.is_available():
-        if promise := promised_gpu():
-            raise RequestError(
-                f"{promise}, but torch sees no GPU (torch {torch.__version__}, built for CUDA {torch.version.cuda}; "
-                f"driver: {driver_version()}); mend that, or set ACCELERATE_USE_CPU=true to train on the CPU"
-            )
+        if problem := why_no_gpu():
+            raise RequestError(problem)
         return torch.device("cpu")
     visible = torch.accelerator.device_count()
     if env.local_rank >= visible:
@@ -33,6 +30,16 @@ def choose_device(env: LaunchEnv) -> torch.device:
     accelerator = torch.accelerator.current_accelerator()
     torch.accelerator.set_device_index(env.local_rank)
     return torch.device(accelerator.type if accelerator else "cuda", env.local_rank)
+
+
+def why_no_gpu() -> str:
+    """Where torch sees no GPU: what promised one, and what may be wrong; or the empty string."""
+    if not (promise := promised_gpu()):
+        return ""
+    return (
+        f"{promise}, but torch sees no GPU (torch {torch.__version__}, built for CUDA {torch.version.cuda}; "
+        f"driver: {driver_version()}); mend that, or set ACCELERATE_USE_CPU=true to train on the CPU"
+    )
 
 
 def promised_gpu(devices: Path = Path("/dev")) -> str:

@@ -18,12 +18,11 @@ import torch.distributed as dist
 from mnist_dist.config.schema import MAY_DIFFER, Config
 from mnist_dist.distributed.device import choose_device
 from mnist_dist.distributed.launch_env import LaunchEnv
-from mnist_dist.distributed.preflight import group_address, is_loopback, listen, time_lookup, try_peers
+from mnist_dist.distributed.preflight import CONNECT_S, group_address, is_loopback, listen, time_lookup, try_peers
 from mnist_dist.distributed.watchdog import Watchdog
 from mnist_dist.errors import JobError, RequestError, RunError
 from mnist_dist.versions import code_hash, library_versions
 
-TRY_S = 2.0  # for one try to connect
 SAY_EVERY_S = 5.0  # what is waited for
 SLOW_LOOKUP_S = 1.0  # of a name: more than that is said
 HEARING_S = 3.0  # how long rank 0 waits for the others to hear that it is over
@@ -106,7 +105,7 @@ def await_port(host: str, port: int, timeout_s: float, waiting: str) -> None:
     began_s = said_s = time.monotonic()
     while True:
         try:
-            socket.create_connection((host, port), timeout=TRY_S).close()
+            socket.create_connection((host, port), timeout=CONNECT_S).close()
             return
         except socket.gaierror:
             raise

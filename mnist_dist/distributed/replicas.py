@@ -2,12 +2,12 @@
 
 import hashlib
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mnist_dist.distributed.world import World
 from mnist_dist.errors import ReplicaError
+from mnist_dist.hashing import tensor_bytes
 
 
 def check_replicas(world: World, network: nn.Module, optimizer: Optimizer, when: str) -> None:
@@ -36,6 +36,6 @@ def hash_parameters(network: nn.Module, optimizer: Optimizer) -> dict[str, str]:
         digest = hashlib.blake2b(digest_size=8)
         for tensor in (parameter, *optimizer.state[parameter].values()):
             if isinstance(tensor, Tensor):
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                digest.update(tensor_bytes(tensor))
         hashes[name] = digest.hexdigest()
     return hashes

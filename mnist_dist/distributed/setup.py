@@ -132,7 +132,9 @@ def make_accelerator(env: LaunchEnv, device: torch.device, precision: str) -> Ac
     return accelerator
 
 
-def init_process_group(device: torch.device, env: LaunchEnv, store: dist.Store) -> None:
+def init_process_group(
+    device: torch.device, env: LaunchEnv, store: dist.Store, timeout: datetime.timedelta = COLLECTIVE_TIMEOUT
+) -> None:
     """Form the group of collectives. Collective."""
     # Ours, not Accelerate's: its CPU ranks may look for MPI.
     # gloo beside NCCL carries what is not on the GPU (stop flags, names), without a device sync.
@@ -142,5 +144,5 @@ def init_process_group(device: torch.device, env: LaunchEnv, store: dist.Store) 
         store=dist.PrefixStore("group", store),
         rank=env.rank,
         world_size=env.world_size,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=timeout,
     )

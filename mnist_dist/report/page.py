@@ -1,7 +1,6 @@
 """The page of a run, or of several compared: one HTML file that needs nothing else, neither script nor network."""
 
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import jinja2
 import torch
 from torch import Tensor
 
+from mnist_dist.config.paths import redact_address
 from mnist_dist.config.schema import Config
 from mnist_dist.config.yaml_file import read_file
 from mnist_dist.errors import RequestError
@@ -23,7 +23,6 @@ from mnist_dist.training.evaluation import Evaluation, accuracy_interval
 PLACES = ("run_dir", "data_dir")  # where files lie is no difference between two runs
 CELL = 33  # side of a cell of the confusion matrix, in the picture's own units
 _DASH_ARRAYS = dict(zip(DASHES, ("none", "7 3", "2 3"), strict=True))
-_ADDRESS_WITH_USER = re.compile(r"(\w+://)[^/@\s]*@")  # a page is handed on, and passwords must not be
 
 
 @dataclass(frozen=True)
@@ -406,4 +405,4 @@ def text(value: Any) -> str:
         return ", ".join(map(text, value))
     if isinstance(value, bool):
         return str(value).lower()
-    return _ADDRESS_WITH_USER.sub(r"\1", "" if value is None else str(value))
+    return redact_address("" if value is None else str(value), by="")

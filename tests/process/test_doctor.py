@@ -226,34 +226,34 @@ def _be_slow() -> None:
 def _compute_wrongly() -> None:
     import torch
 
-    from mnist_dist.checks import device
+    from mnist_dist.checks import compute
 
     def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         product = torch.matmul(a, b)
         product[3, 5] += 1
         return product
 
-    device.multiply = multiply
+    compute.multiply = multiply
 
 
 def _hang_in_the_device() -> None:
-    from mnist_dist.checks import device
+    from mnist_dist.checks import compute
     from mnist_dist.commands import doctor
 
     doctor.DEVICE_S = 8.0
-    device.find_wrong_product = lambda _: time.sleep(1000)  # type: ignore[assignment,func-returns-value]
+    compute.find_wrong_product = lambda _: time.sleep(1000)  # type: ignore[assignment,func-returns-value]
 
 
 def _add_twice() -> None:
     import torch
     import torch.distributed as dist
 
-    from mnist_dist.checks import device
+    from mnist_dist.checks import compute
 
     def all_reduce(tensor: torch.Tensor) -> None:
         dist.all_reduce(tensor.mul_(2))
 
-    device.all_reduce = all_reduce
+    compute.all_reduce = all_reduce
 
 
 @pytest.mark.parametrize(

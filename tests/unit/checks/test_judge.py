@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mnist_dist.checks import judge
-from mnist_dist.checks.device import read_transport
+from mnist_dist.checks.compute import read_transport
 from mnist_dist.checks.facts import KERNEL_ERRORS, parse_gpus, read_throttled
 from mnist_dist.checks.findings import Status, worst
 from mnist_dist.checks.network import pair_rounds

@@ -17,6 +17,8 @@ from mnist_dist.checks.guard import Report
 from mnist_dist.distributed.device import choose_device, device_name, set_arithmetic
 from mnist_dist.distributed.launch_env import LaunchEnv
 from mnist_dist.distributed.rendezvous import connect_store
+from mnist_dist.distributed.setup import init_process_group
+from mnist_dist.hashing import tensor_bytes
 
 # Integer matrices: each partial sum stays below 2^24, where fp32 is exact, so the product is exact in any order.
 ROWS, INNER, COLUMNS, LARGEST = 256, 512, 256, 8
@@ -99,22 +101,18 @@ def check_peers(own: int) -> list[dict[str, Any]]:
 def check_exchange(env: LaunchEnv, report: Report) -> None:
     """Form a group and sum over it; report "content" and "slots", see below, and "hash" of what this rank got."""
     device = choose_device(env)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         log = tempfile.NamedTemporaryFile(prefix="nccl-", delete=False)  # noqa: SIM115 (NCCL writes it to the end)
         os.environ |= {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,NET", "NCCL_DEBUG_FILE": log.name}
     store = connect_store(env, GROUP_TIMEOUT.total_seconds(), hosting=False)  # the parent's connection is its own
-    store = dist.PrefixStore("doctor's group", store)
-    dist.init_process_group(
-        backend, store=store, rank=env.rank, world_size=env.world_size, timeout=GROUP_TIMEOUT
-    )  # collective
+    init_process_group(device, env, dist.PrefixStore("doctor", store), GROUP_TIMEOUT)  # collective
     content, slots = exchange(env.rank, env.world_size, device)  # collective
     if device.type == "cuda":
         report("transport", read_transport(Path(log.name).read_text(errors="replace")))
         Path(log.name).unlink()
     report("content", find_wrong_sum(content, env.world_size))
     report("slots", slots.tolist())
-    digest = hashlib.blake2b(torch.cat((content, slots)).numpy().data, digest_size=8)
+    digest = hashlib.blake2b(tensor_bytes(torch.cat((content, slots))), digest_size=8)
     report("hash", digest.hexdigest())
 
 
