@@ -307,6 +307,13 @@ SENTENCES = {
         "one of the copies is another version, or was changed",
         "delete it on {host} and fetch it again",
     ),
+    "data.hangs": Sentence(
+        "data",
+        Status.FAIL,
+        "{who}: {dataset} in data_dir={folder} was not read within {seconds:g} s",
+        "its file server does not answer, or is overloaded",
+        "look at the mount with `stat -f {folder}`; give a data_dir on another file system",
+    ),
     "data.unreadable": Sentence(
         "data",
         Status.FAIL,

@@ -228,7 +228,9 @@ def judge_transport(facts: Sequence[Facts | None], results: Sequence[Facts | Non
     return list(findings.values())
 
 
-def judge_data(facts: Sequence[Facts | None], data: Sequence[Facts | None], dataset: str, folder: str) -> list[Finding]:
+def judge_data(
+    facts: Sequence[Facts | None], data: Sequence[Facts | None], dataset: str, folder: str, deadline_s: float
+) -> list[Finding]:
     """Hosts without the dataset, or with another; `data` has what each host's first rank found."""
     findings, held = [], {}
     for one, reports in zip(facts, data, strict=True):
@@ -239,6 +241,9 @@ def judge_data(facts: Sequence[Facts | None], data: Sequence[Facts | None], data
             findings.append(find("data.unreadable", [one["host"]], who=who(one), why=why))
         elif "fingerprint" in reports:
             held[one["host"]] = reports["fingerprint"]
+        else:
+            words = {"who": who(one), "dataset": dataset, "folder": folder, "seconds": deadline_s}
+            findings.append(find("data.hangs", [one["host"]], **words))
     having = [host for host, value in held.items() if value]
     if held and not having:
         return [*findings, find("data.absent", dataset=dataset, folder=folder)]

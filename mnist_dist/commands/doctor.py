@@ -41,6 +41,7 @@ from mnist_dist.run.run_dir import RUNS
 JOIN_S = 30.0  # in which all ranks must have come: they import torch, from a slow file server perhaps
 ANSWER_S = 6.0  # for what takes a moment
 STORAGE_S = 6.0  # for a file server
+DATA_S = 12.0  # for reading a dataset
 DEVICE_S = 20.0  # for a device, its start included
 EXCHANGE_S = 15.0  # for a group of collectives, its start included
 LEAVE_S = 2.0  # how long rank 0 keeps its store for the others
@@ -219,10 +220,10 @@ class Doctor:
         """Has each host the same dataset? Collective."""
         data = None
         if self.env.rank in self.leaders:
-            data = run_guarded(functools.partial(storage.read_data, self.config), STORAGE_S + ANSWER_S)
-        results = self.board.gather("data", data, STORAGE_S + 2 * ANSWER_S)
+            data = run_guarded(functools.partial(storage.read_data, self.config), DATA_S)
+        results = self.board.gather("data", data, DATA_S + ANSWER_S)
         dataset, folder = self.config.dataset, str(self.config.data_dir)
-        self.findings += judge.judge_data(self.facts, results, dataset, folder)
+        self.findings += judge.judge_data(self.facts, results, dataset, folder, DATA_S)
 
     def examine_devices(self) -> None:
         """Does each device compute right, and as fast as the others? Collective."""

@@ -169,6 +169,14 @@ def test_the_minority_is_named_not_the_first() -> None:
     )
 
 
+def test_a_dataset_that_is_not_read_in_time_does_not_pass() -> None:
+    facts = [rank(0, "a"), rank(1, "b")]
+    findings = judge.judge_data(facts, [{"fingerprint": "1" * 64, "done": True}, {}], "mnist", "/data", 12)
+    assert [f.text for f in findings] == ["rank 1 on b: mnist in data_dir=/data was not read within 12 s"]
+    assert worst(findings) == Status.FAIL
+    assert worst(judge.judge_data(facts, [{}, None], "mnist", "/data", 12)) == Status.FAIL
+
+
 def test_the_limits_of_a_host_are_named() -> None:
     ill = rank(0, "a", gpus=[{"name": "x"}], shm_free=32 << 20, open_files=256, infiniband=True)
     assert [f.name for f in judge.judge_limits([ill])] == ["shm.small", "limits.files", "limits.memlock"]
