@@ -124,15 +124,14 @@ def judge_reachability(facts: Sequence[Facts | None], tries: Sequence[list[Any] 
     return findings
 
 
-def judge_mtu(facts: Sequence[Facts | None], stalls: Sequence[list[int] | None]) -> list[Finding]:
-    """Ways on which large packets get lost: `stalls` has the peers of each rank that got no large message."""
+def judge_mtu(facts: Sequence[Facts | None], stalls: Sequence[list[tuple[int, int]] | None]) -> list[Finding]:
+    """Ways on which large packets get lost: `stalls` has what each rank found, as (sender, receiver)."""
     findings = []
-    for rank, peers in enumerate(stalls):
-        for peer in peers or []:
-            one, other = facts[rank], facts[peer]
-            if one and other:
-                places = {"host": one["host"], "peer": other["host"]}
-                findings.append(find("mtu.stalls", places.values(), **places, mtu=one["mtu"], peer_mtu=other["mtu"]))
+    for sender, receiver in (way for ways in stalls for way in ways or []):
+        one, other = facts[sender], facts[receiver]
+        if one and other:
+            places = {"host": one["host"], "peer": other["host"]}
+            findings.append(find("mtu.stalls", places.values(), **places, mtu=one["mtu"], peer_mtu=other["mtu"]))
     first = [ranks[0] for ranks in by_host(facts).values() if not is_loopback(ranks[0]["address"])]
     common = most([one["mtu"] for one in first]) if first else 0
     for one in first:

@@ -55,25 +55,28 @@ class Responder:
         buffer = bytearray(1 << 20)
         with connection, contextlib.suppress(OSError, struct.error):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while head := connection.recv(4, socket.MSG_WAITALL):
-                (size,) = struct.unpack("!I", head)
+            while head := connection.recv(8, socket.MSG_WAITALL):
+                size, answer_size = struct.unpack("!II", head)
                 while size:
                     got = connection.recv_into(buffer, min(size, len(buffer)))
                     if not got:
                         return
                     size -= got
-                connection.sendall(struct.pack("!d", now_s()))
+                connection.sendall(struct.pack("!d", now_s()) + bytes(answer_size))
 
 
-def ask(connection: socket.socket, size: int) -> float:
-    """Send so many bytes, and wait for the other host's time, s. Raises OSError."""
-    connection.sendall(struct.pack("!I", size))
+def ask(connection: socket.socket, size: int, answer_size: int = 0) -> float:
+    """Send so many bytes, and wait for the other host's time, s, and so many bytes behind it. Raises OSError."""
+    connection.sendall(struct.pack("!II", size, answer_size))
     if size:
         connection.sendall(bytes(size))
-    answer = connection.recv(8, socket.MSG_WAITALL)
-    if len(answer) < 8:
-        raise ConnectionError("the other rank is gone")
-    return float(struct.unpack("!d", answer)[0])
+    answer = bytearray()
+    while len(answer) < 8 + answer_size:
+        part = connection.recv(8 + answer_size - len(answer))
+        if not part:
+            raise ConnectionError("the other rank is gone")
+        answer += part
+    return float(struct.unpack("!d", answer[:8])[0])
 
 
 def connect(address: str, port: int) -> socket.socket:
@@ -104,16 +107,21 @@ def read_clock(connection: socket.socket) -> Clock:
     return Clock(offset_s, delay_s / 2)
 
 
-def large_packets_stall(connection: socket.socket) -> bool:
-    """Whether a small message passes and a large one does not. Raises OSError where the small one does not either."""
+def find_stall(connection: socket.socket) -> str:
+    """Where small messages pass and a large one does not: "sending", "receiving", or the empty string.
+
+    Each way is tried, since a packet that is too large for a link is dropped before that link alone. Raises OSError
+    where the small one does not pass either.
+    """
     connection.settimeout(REPLY_S)
     ask(connection, SMALL_BYTES)
     connection.settimeout(CONNECT_S)
-    try:
-        ask(connection, LARGE_BYTES)
-    except TimeoutError:
-        return True
-    return False
+    for name, sizes in (("sending", (LARGE_BYTES, 0)), ("receiving", (0, LARGE_BYTES))):
+        try:
+            ask(connection, *sizes)
+        except TimeoutError:
+            return name
+    return ""
 
 
 def measure_link(connection: socket.socket) -> tuple[float, float]:

@@ -87,7 +87,7 @@ class Doctor:
         """All checks, in an order in which each may rely on those before. Collective. Raises RankZeroLostError."""
         responder = network.Responder()
         place = describe_place(self.env) | {"port": responder.port}
-        if self.env.world_size > 1 and self.large_packets_stall(place):  # collective
+        if self.env.world_size > 1 and self.must_stop_at_once(place):  # collective
             return
         mine = place | gather_facts(self.config, self.env)
         self.facts = self.board.gather("facts", mine, JOIN_S)  # collective
@@ -129,8 +129,8 @@ class Doctor:
         self.findings += self.judge_ranks()
         responder.close()
 
-    def large_packets_stall(self, place: dict[str, Any]) -> bool:
-        """Whether a rank cannot send rank 0 more than a packet: then nothing else here would come through. Collective.
+    def must_stop_at_once(self, place: dict[str, Any]) -> bool:
+        """Whether large packets get lost between a rank and rank 0: then nothing else would come through. Collective.
 
         So all that the ranks tell each other before is small.
         """
@@ -138,10 +138,10 @@ class Doctor:
             self.board.show("first", place)
         first = self.board.read("first", JOIN_S)
         self.facts = [first]
-        place["stalls"] = bool(self.env.rank and self.try_peer(0, network.large_packets_stall))
+        place["stalls"] = self.find_stalls(0) if self.env.rank else []
         places = self.board.collect("place", place, JOIN_S)  # collective
         if self.env.rank == 0:
-            stalls = [[0] if one and one["stalls"] else [] for one in places]
+            stalls = [one["stalls"] if one else [] for one in places]
             self.facts = self.places = places
             self.board.show("stalls", any(stalls))
         if not self.board.read("stalls", JOIN_S + ANSWER_S):
@@ -151,6 +151,11 @@ class Doctor:
             self.findings += judge.judge_mtu(places, stalls) + self.judge_ranks()
         self.skip([check for check in CHECKS if check not in ("ranks", "mtu")], "mtu failed")
         return True
+
+    def find_stalls(self, peer: int) -> list[tuple[int, int]]:
+        """Between this rank and another, the way (sender, receiver) on which large packets get lost, if any."""
+        where, rank = self.try_peer(peer, network.find_stall), self.env.rank
+        return [(rank, peer) if where == "sending" else (peer, rank)] if where else []
 
     def skip(self, checks: Sequence[str], why: str) -> None:
         """Note that checks cannot be done."""
@@ -180,8 +185,8 @@ class Doctor:
             place = self.leaders.index(self.env.rank)
             peers = [self.leaders[i] for i in choose_peers(place, len(self.leaders))]
             for peer in peers:
-                if peer not in blocked and self.try_peer(peer, network.large_packets_stall):
-                    stalls.append(peer)
+                if peer not in blocked:
+                    stalls += self.find_stalls(peer)
             if place and 0 not in blocked:
                 clock = self.try_peer(0, network.read_clock)
         self.findings += judge.judge_mtu(facts, self.board.gather("mtu", stalls, 2 * ANSWER_S))

@@ -115,10 +115,19 @@ def plant(fault: str, hosts: Hosts, folder: Path, data_dir: Path) -> AbstractCon
         stack.enter_context(replace_file(hosts, "n2", "/etc/resolv.conf", folder, ""))
         stack.enter_context(replace_file(hosts, "n2", "/etc/hosts", folder, "127.0.0.1 localhost\n"))
     elif fault == "mtu black hole":
-        for name in ("n1", "n2"):
-            stack.enter_context(run(hosts, name, *(f"ip link set eth0 mtu {mtu}" for mtu in (9000, 1500))))
+        for name in ("n1", "n2"):  # whose cards would else hand on several packets as one, of any size
+            sizes = ((9000, 1), (1500, 65535))
+            stack.enter_context(
+                run(hosts, name, *(f"ip link set eth0 mtu {mtu} gso_max_segs {number}" for mtu, number in sizes))
+            )
         stack.enter_context(run(hosts, ROUTER, *(f"ip link set n1 mtu {mtu}" for mtu in (9000, 1500))))
         stack.enter_context(hosts.firewall(protocol="icmp"))  # nobody hears that a packet was too large
+    elif fault == "mtu black hole one way":
+        for name, card in (("n1", "eth0"), ("n2", "eth0"), (ROUTER, "n1")):
+            stack.enter_context(run(hosts, name, *(f"ip link set {card} mtu {mtu}" for mtu in (9000, 1500))))
+        route = "ip route replace default via 10.0.0.1"
+        stack.enter_context(run(hosts, "n2", f"{route} mtu lock 1500 advmss 8960", route))  # it sends small packets
+        stack.enter_context(hosts.firewall(protocol="icmp"))
     elif fault == "small shared memory":
         begin = "mount -t tmpfs -o size=64m tmpfs /dev/shm"
         stack.enter_context(run(hosts, "n2", begin, "umount /dev/shm"))
@@ -162,6 +171,7 @@ def plant(fault: str, hosts: Hosts, folder: Path, data_dir: Path) -> AbstractCon
         ("name that leads nowhere", PLACES, {}, "names.unknown", ["n2: its own name leads nowhere"]),
         ("name server that does not answer", PLACES, {}, "names.slow", ["n2: looking up 10.0.0.11 took "]),
         ("mtu black hole", PLACES, {}, "mtu.stalls", ["from n2 to n1", "9000 and 9000"]),
+        ("mtu black hole one way", PLACES, {}, "mtu.stalls", ["from n1 to n2", "9000 and 9000"]),
         ("small shared memory", PLACES, {}, "shm.tight", ["n2: /dev/shm has 64 MiB"]),
         ("run directory that is not shared", PLACES, {}, "run_dir.not_shared", ["n2 does not see what n1 writes"]),
         ("no dataset on one host", PLACES, {}, "data.missing", ["n2 does not have synthetic"]),
