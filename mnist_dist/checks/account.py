@@ -33,7 +33,7 @@ class Step:
 
     images: list[list[int]] = field(default_factory=list)  # of each of its shards, in order; repeats left out
     gradients: list[Hashes] = field(default_factory=list)  # of each of its shards, before the exchange
-    own: Hashes = field(default_factory=dict)  # the sum of its own shards
+    partial: Hashes = field(default_factory=dict)  # the sum of its own shards
     total: Hashes = field(default_factory=dict)  # the sum over all ranks
     weights: Hashes = field(default_factory=dict)  # after the step
     loss: float = 0.0  # nats
@@ -97,7 +97,7 @@ class AccountingExchange(Exchange):
             return
         kept = self.vectors.clone()
         add_along_tree(self.vectors)
-        self.step.own = self.hash_vector(0)
+        self.step.partial = self.hash_vector(0)
         self.vectors.copy_(kept)
         self.exchange()  # collective
         self.step.total = self.hash_vector(0)

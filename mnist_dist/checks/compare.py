@@ -94,7 +94,7 @@ def name_exchange(
 ) -> Finding:
     """Why a sum over the ranks is wrong, though all that went into it was right."""
     for rank in wrong:
-        if steps[rank].total == steps[rank].own:
+        if steps[rank].total == steps[rank].partial:
             return difference("exchange.skipped", world, rank, model, number, "")
     rank = wrong[0]
     return difference("exchange.garbage", world, rank, model, number, first_difference(steps[rank].total, usual.total))

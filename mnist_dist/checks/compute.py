@@ -88,12 +88,12 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def check_peers(own: int) -> list[dict[str, Any]]:
+def check_peers(index: int) -> list[dict[str, Any]]:
     """Copy integers from this rank's GPU to each other of the machine and back; returns the ones that came changed."""
     wrong = []
-    sent = torch.arange(1 << 20, device=f"cuda:{own}")
+    sent = torch.arange(1 << 20, device=f"cuda:{index}")
     for peer in range(torch.cuda.device_count()):
-        if peer != own and not torch.equal(sent.to(f"cuda:{peer}").to(f"cuda:{own}"), sent):
+        if peer != index and not torch.equal(sent.to(f"cuda:{peer}").to(f"cuda:{index}"), sent):
             wrong.append({"peer": peer})
     return wrong
 
@@ -118,8 +118,8 @@ def check_exchange(env: LaunchEnv, report: Report) -> None:
 
 def read_transport(log: str) -> str:
     """Which network NCCL says that it uses, as "Socket" or "IB"; "" where it does not say."""
-    found = re.findall(r"NCCL INFO .*Using network (\w+)|NET/(\w+) : Using", log)
-    return str(next(iter(found[-1][:1] if found[-1][0] else found[-1][1:]))) if found else ""
+    names = re.findall(r"NCCL INFO .*Using network (\w+)|NET/(\w+) : Using", log)
+    return "".join(names[-1]) if names else ""
 
 
 def exchange(rank: int, world_size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -331,12 +331,12 @@ def judge_links(hosts: Sequence[str], links: dict[tuple[str, str], float]) -> li
     """
     if len(hosts) < 3 or not links:
         return []  # with a single link there is nothing to compare it with
-    own = {host: [speed for pair, speed in links.items() if host in pair] for host in hosts}
-    scores = {host: statistics.median(speeds) for host, speeds in own.items() if speeds}
+    speeds_of = {host: [speed for pair, speed in links.items() if host in pair] for host in hosts}
+    scores = {host: statistics.median(speeds) for host, speeds in speeds_of.items() if speeds}
     median = statistics.median_high(scores.values()) if len(scores) < 4 else statistics.median(scores.values())
     findings, guilty = [], set()
     for host, score in scores.items():
-        if score < LINK_WARN * median and max(own[host]) < LINK_WARN * median:
+        if score < LINK_WARN * median and max(speeds_of[host]) < LINK_WARN * median:
             name = "links.slow_host" if score < LINK_FAIL * median else "links.slower_host"
             guilty.add(host)
             findings.append(find(name, [host], host=host, speed=score / 1e6, median=median / 1e6))

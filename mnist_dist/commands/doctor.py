@@ -59,7 +59,7 @@ def run(options: argparse.Namespace, config: Config, env: LaunchEnv) -> int:
     try:
         doctor.examine()  # collective
         if env.rank == 0:  # before the others leave: a launcher ends the rest where one ends with 1
-            doctor.speak(time.monotonic() - began_s, as_json=options.json)
+            doctor.print_result(time.monotonic() - began_s, as_json=options.json)
             sys.stdout.flush()
         codes = doctor.board.gather("verdict", int(worst(doctor.findings) == Status.FAIL), ANSWER_S)
     except RankZeroLostError:
@@ -290,7 +290,7 @@ class Doctor:
             if check not in self.not_needed
         }
 
-    def speak(self, seconds: float, *, as_json: bool) -> None:
+    def print_result(self, seconds: float, *, as_json: bool) -> None:
         """Print what was found, the guilty first and the verdict last."""
         statuses = self.statuses()
         if as_json:

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace, config: Config, env: LaunchEnv) -> int:
         verifier.plant_faults(THOROUGH if options.plant else 1)  # collective
         verdict = worst(verifier.findings)
         if world.is_main:
-            verifier.speak(time.monotonic() - began_s, as_json=options.json)
+            verifier.print_result(time.monotonic() - began_s, as_json=options.json)
         return int(world.broadcast(verdict == Status.FAIL))  # collective
 
 
@@ -110,7 +110,7 @@ class Verifier:
             trainer.account.error = str(error)
         return trainer.account
 
-    def say(self, text: str) -> None:
+    def print_progress(self, text: str) -> None:
         """A line about what goes on, from rank 0."""
         if self.world.is_main and self.show_progress:
             print(f"verify: {text}", file=sys.stderr, flush=True)
@@ -119,22 +119,22 @@ class Verifier:
         """Compare runs of one network. Collective."""
         world, config = self.world, self.config.model_copy(update={"model": model})
         dataset = draw_small_dataset(NUM_TRAIN, NUM_TEST)
-        self.say(f"{model}: every rank by itself")
-        own = self.train(alone(world), config, dataset)
+        self.print_progress(f"{model}: every rank by itself")
+        by_itself = self.train(alone(world), config, dataset)
         if self.is_exact:
-            self.findings += compare.compare_alone(world, world.gather(own), model)  # collective
+            self.findings += compare.compare_alone(world, world.gather(by_itself), model)  # collective
             self.tried.add("alone")
-        self.say(f"{model}: all ranks together")
+        self.print_progress(f"{model}: all ranks together")
         together = world.gather(self.train(world, config, dataset))  # collective
-        self.findings += self.judge(together, own, config, dataset)
-        self.num_steps[model] = len(own.steps)
+        self.findings += self.judge(together, by_itself, config, dataset)
+        self.num_steps[model] = len(by_itself.steps)
         self.tried |= {"together", "images", "pace"}
         if not self.is_exact or any(account.error for account in together):
             return
-        self.say(f"{model}: a second time")
+        self.print_progress(f"{model}: a second time")
         again = world.gather(self.train(world, config, dataset))  # collective
         self.findings += compare.compare_runs(world, again, together, "again.differs", model)
-        self.say(f"{model}: stopped, saved and gone on with")
+        self.print_progress(f"{model}: stopped, saved and gone on with")
         self.train(world, config, dataset, stop_after=STOP_AFTER)  # collective
         saved = checkpoint.find(self.folder / str(self.num_runs), lambda _: None) if world.is_main else None
         training = world.broadcast(saved.training if saved else None)  # collective
@@ -142,18 +142,18 @@ class Verifier:
         self.findings += compare.compare_runs(world, resumed, together, "resumed.differs", model)
         self.tried |= {"again", "resumed"}
 
-    def judge(self, together: Sequence[Account], own: Account, config: Config, dataset: Dataset) -> list[Finding]:
+    def judge(self, together: Sequence[Account], by_itself: Account, config: Config, dataset: Dataset) -> list[Finding]:
         """What is wrong with what the ranks did together: beside what one did alone, and by itself."""
         world, model = self.world, config.model
-        compare_with_own = compare.compare_together if self.is_exact else compare.compare_losses
-        found = compare_with_own(world, together, own, model)
-        if not found and (error := together[0].error):
-            found = [find("run.failed", [], model=model, why=error)]
+        compare_with_alone = compare.compare_together if self.is_exact else compare.compare_losses
+        findings = compare_with_alone(world, together, by_itself, model)
+        if not findings and (error := together[0].error):
+            findings = [find("run.failed", [], model=model, why=error)]
         num_images = len(dataset.train.labels)
         per_epoch = steps_per_epoch(num_images, config.batch_size)
         labels = torch.bincount(dataset.eval_split.labels, minlength=NUM_CLASSES).tolist()
-        found += compare.count_images(world, together, num_images, per_epoch, labels, model)
-        return found + compare.compare_speed(world, together, model)
+        findings += compare.count_images(world, together, num_images, per_epoch, labels, model)
+        return findings + compare.compare_speed(world, together, model)
 
     def plant_faults(self, times: int) -> None:
         """Plant each fault on one rank, at one step of a copy of a short run; see whether it is named. Collective."""
@@ -164,21 +164,21 @@ class Verifier:
         world, config = self.world, self.config.model_copy(update={"model": "mlp", "epochs": PLANT_EPOCHS})
         dataset = draw_small_dataset(PLANT_TRAIN, PLANT_TEST)
         per_epoch = steps_per_epoch(PLANT_TRAIN, config.batch_size)
-        own = self.train(alone(world), config, dataset)
-        dice = random.Random(config.seed)
+        by_itself = self.train(alone(world), config, dataset)
+        draws = random.Random(config.seed)
         for fault in FAULTS:
             if fault.needs_ranks and world.size == 1:
                 self.not_here.append(f"{fault.words} (needs several ranks)")
                 continue
-            self.say(f"planted: {fault.words}")
+            self.print_progress(f"planted: {fault.words}")
             results = []
             for _ in range(times):
-                rank, step = dice.randrange(world.size), dice.randrange(per_epoch, PLANT_EPOCHS * per_epoch)
-                results.append(self.plant(fault, 0 if fault.on_rank_0 else rank, step, config, dataset, own))
+                rank, step = draws.randrange(world.size), draws.randrange(per_epoch, PLANT_EPOCHS * per_epoch)
+                results.append(self.plant(fault, 0 if fault.on_rank_0 else rank, step, config, dataset, by_itself))
             if all(results):
                 self.noticed.append(fault.words)
 
-    def plant(self, fault: Fault, rank: int, step: int, config: Config, dataset: Dataset, own: Account) -> bool:
+    def plant(self, fault: Fault, rank: int, step: int, config: Config, dataset: Dataset, by_itself: Account) -> bool:
         """Whether one planted fault is found and the right rank named. Collective."""
         world = self.world
 
@@ -187,15 +187,15 @@ class Verifier:
                 fault.plant(trainer, step)
 
         together = world.gather(self.train(world, config, dataset, prepare=prepare))  # collective
-        found = self.judge(together, own, config, dataset)
-        is_noticed = any(f.name in fault.findings and world.name(rank) in f.text for f in found)
+        findings = self.judge(together, by_itself, config, dataset)
+        is_noticed = any(f.name in fault.findings and world.name(rank) in f.text for f in findings)
         if not is_noticed:
-            instead = "; ".join(f.text for f in found) or "nothing"
+            instead = "; ".join(f.text for f in findings) or "nothing"
             words = {"fault": fault.words, "who": world.name(rank), "step": step, "instead": instead}
             self.findings.append(find("planted.unnoticed", [world.members[rank].host], **words))
         return is_noticed
 
-    def speak(self, seconds: float, *, as_json: bool) -> None:
+    def print_result(self, seconds: float, *, as_json: bool) -> None:
         """Print what was found, the verdict last."""
         statuses = {
             check: worst([f for f in self.findings if f.check == check]) if check in self.tried else Status.SKIP
