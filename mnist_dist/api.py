@@ -73,15 +73,9 @@ def train(recipe: str | Path = "", /, **keys: Any) -> Run:
 
     Returns the run, which is not finished where a signal or a STOP file asked it to stop. Raises JobError.
     """
-    import torch
-
     env = read_launch_env(os.environ)
     config, name = read_recipe(str(recipe), parse_values(keys.items(), "in the call"))
-    threads = torch.get_num_threads()
-    try:
-        return Run(start_training(config, name, env)[1])
-    finally:
-        torch.set_num_threads(threads)
+    return Run(start_training(config, name, env)[1])
 
 
 def load_run(path: str | Path) -> Run:
@@ -135,8 +129,10 @@ def start_training(config: Config, recipe: str, env: LaunchEnv) -> tuple[int, Pa
     try:
         quieten_libraries()
         from mnist_dist.commands.train import train
+        from mnist_dist.distributed.device import restored_settings
 
-        return train(config, recipe, env)
+        with restored_settings():
+            return train(config, recipe, env)
     finally:
         if is_guest:
             stop.uninstall()

@@ -5,6 +5,7 @@ import ctypes
 import os
 import platform
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -140,3 +141,24 @@ def tune_cpu() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3  # glibc's malloc.h
         mallopt(m_mmap_threshold, 256 << 20)
         mallopt(m_trim_threshold, 512 << 20)
+
+
+@contextlib.contextmanager
+def restored_settings() -> Iterator[None]:
+    """Context in which torch's settings of this process may change: a notebook, which goes on, has its own back then.
+
+    Those that `tune_cpu`, `set_arithmetic` and the choice of threads change, as far as they can be changed back.
+    """
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    flushes_denormal = not torch.tensor(1e-40).mul(1)
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    cudnn, fills = torch.backends.cudnn, torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        with cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        torch.set_flush_denormal(flushes_denormal)
+        torch.use_deterministic_algorithms(is_deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]

@@ -76,6 +76,7 @@ def test_one_run_after_another_and_in_a_thread(tmp_path: Path, data_dir: Path) -
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer)  # as an event loop has it
         torch.set_num_threads(3)
+        torch.set_float32_matmul_precision("medium")
         common = dict(model="mlp", dataset="synthetic", max_steps=4, log_every_steps=1, threads=1)
         runs = []
         def job(name, precision):
@@ -95,6 +96,8 @@ def test_one_run_after_another_and_in_a_thread(tmp_path: Path, data_dir: Path) -
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         assert signal.set_wakeup_fd(-1) == writer
         assert torch.get_num_threads() == 3
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert 5e-324 * len(runs) > 0  # a number that training takes for zero
         for run in runs:
             assert mnist_dist.predict(run, torch.zeros(3, 28, 28, dtype=torch.uint8).numpy()).shape == (3, 10)
     """
