@@ -17,9 +17,9 @@ from mnist_dist.config.schema import Config
 from mnist_dist.data.dataset import Dataset, Split
 from mnist_dist.data.synthetic import draw_digits
 from mnist_dist.distributed.world import World
-from mnist_dist.hashing import tensor_bytes
 from mnist_dist.run.logger import NullLogger
 from mnist_dist.run.run_dir import RunDir
+from mnist_dist.tensors import tensor_bytes
 from mnist_dist.training.exchange import Exchange, add_along_tree
 from mnist_dist.training.trainer import Trainer
 
@@ -152,7 +152,7 @@ class AccountingTrainer(Trainer):
         super().count_step()
         step = self.exchange.step
         step.weights = self.hash_weights()
-        step.loss = float(self.sync.loss_sums[len(self.sync.counts) - 1]) / batch.num_images
+        step.loss = float(self.train_step.loss_sums[batch.step_in_epoch]) / batch.num_images
         is_real = batch.positions < batch.num_images
         rows = zip(batch.indices.cpu(), is_real.cpu(), strict=True)
         step.images = [row[real].tolist() for row, real in rows]

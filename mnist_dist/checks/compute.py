@@ -18,7 +18,7 @@ from mnist_dist.distributed.device import choose_device, device_name, set_arithm
 from mnist_dist.distributed.launch_env import LaunchEnv
 from mnist_dist.distributed.rendezvous import connect_store
 from mnist_dist.distributed.setup import init_process_group
-from mnist_dist.hashing import tensor_bytes
+from mnist_dist.tensors import tensor_bytes
 
 # Integer matrices: each partial sum stays below 2^24, where fp32 is exact, so the product is exact in any order.
 ROWS, INNER, COLUMNS, LARGEST = 256, 512, 256, 8

@@ -69,6 +69,7 @@ def make_config(config: Config, world_size: int) -> Config:
     batch_size = max(64, world_size) if is_power else -(-64 // world_size) * world_size
     kept = {name: getattr(config, name) for name in ("seed", "precision", "timeout_s")}
     fixed = {"dataset": "synthetic", "epochs": EPOCHS, "batch_size": batch_size, "bit_exact": shards, "threads": 1}
+    fixed["graph"] = "off"  # the account is kept between the parts of a step
     return Config.model_validate(fixed | kept)
 
 

@@ -120,7 +120,7 @@ class Config(BaseModel):
         0, description="CPU threads of a rank; 0: its cores divided by the ranks that share them, or 1 with bit_exact"
     )
     graph: Literal["auto", "off"] = Field(
-        "auto", description="auto: replay each step as one CUDA graph where there is one GPU; off: never"
+        "auto", description="auto: replay each step as one CUDA graph on GPUs; off: never"
     )
     timeout_s: Annotated[float, Field(ge=5, le=1_000_000)] = Field(
         300.0, description="seconds after which a rank that waits for the others gives up"

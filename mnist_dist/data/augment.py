@@ -1,6 +1,6 @@
 """Random shift, rotation, scale and elastic warp of a whole batch on its device.
 
-All that is random is drawn for the *global* batch from (seed, epoch, step) and then cut per rank, so the same image
+All that is random is drawn for an epoch's *global* order from (seed, epoch) and then cut per rank, so the same image
 meets the same warp at any world size, and resuming needs no random state. The values depend on the kind of device
 (its random generator), not on how many there are.
 """
@@ -36,9 +36,10 @@ class Augmentation:
         y, x = torch.meshgrid(rows, rows, indexing="ij")
         self.pixels = torch.stack((x, y), -1).view(1, SIDE * SIDE, 2)  # offsets from the centre, in pixels
 
-    def draw(self, epoch: int, step: int, count: int) -> tuple[Tensor, Tensor]:
-        """Draw for a global batch of `count` images: affine [count, 4] in [-1, 1), knots [count, 2, 7, 7] normal."""
-        digest = hashlib.blake2b(f"{self.seed}/{epoch}/{step}".encode(), digest_size=7).digest()
+    def draw(self, epoch: int, count: int) -> tuple[Tensor, Tensor]:
+        """Draw for `count` images of an epoch's global order: affine [count, 4] in [-1, 1), knots [count, 2, 7, 7]
+        normal."""
+        digest = hashlib.blake2b(f"{self.seed}/{epoch}".encode(), digest_size=7).digest()
         self.generator.manual_seed(int.from_bytes(digest, "big"))
         device = self.generator.device
         affine = torch.rand(count, 4, generator=self.generator, device=device) * 2 - 1

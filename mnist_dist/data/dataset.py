@@ -13,7 +13,7 @@ from mnist_dist.data.archives import Part, find_archives, read_archives
 from mnist_dist.data.synthetic import draw_dataset
 from mnist_dist.errors import RequestError
 from mnist_dist.files import find_obstacle, is_file, write_atomically
-from mnist_dist.hashing import tensor_bytes
+from mnist_dist.tensors import tensor_bytes
 
 
 class Split(NamedTuple):

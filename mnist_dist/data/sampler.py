@@ -9,6 +9,7 @@ ones at the end; those repeats are told by their position and have no weight.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
@@ -45,12 +46,15 @@ class GlobalBatchSampler(DistributedSampler[int]):
         super().__init__(range(num_images), num_shards, rank=0, seed=seed)  # type: ignore[arg-type]  # only its length
         self.num_images, self.batch_size, self.total_steps = num_images, batch_size, total_steps
         self.steps_per_epoch = steps_per_epoch(num_images, batch_size)
-        self.device = device
-        shards = num_shards // world_size
+        shards, size = num_shards // world_size, batch_size // num_shards
         self.mine = slice(rank * shards, (rank + 1) * shards)
-        self.dealt_epoch = -1
-        self.dealt = torch.empty(0)
         self.positions = self.deal(torch.arange(batch_size)).to(device)
+        # This rank's images of an epoch, a row a step. It keeps its place: a CUDA graph reads it.
+        self.dealt = torch.zeros(self.steps_per_epoch, shards, size, dtype=torch.int64, device=device)
+        self.dealt_epoch = -1
+        num_last = self.count(self.steps_per_epoch - 1)
+        is_padded = num_last % num_shards > 0  # so that the shards of the last batch are of one size
+        self.last_mask = (self.positions < num_last).float() if is_padded else None
 
     def order(self, epoch: int) -> Tensor:
         """The global order of an epoch, int64 [num_images, and repeats up to a multiple of the shards]."""
@@ -63,17 +67,23 @@ class GlobalBatchSampler(DistributedSampler[int]):
         """This rank's shards of a global order [n], dealt card by card: [shards of this rank, n / shards]."""
         return order.view(-1, self.num_replicas).T[self.mine].contiguous()
 
+    def deal_epoch(self, epoch: int) -> None:
+        """Fill `dealt` with an epoch's images."""
+        steps, shards, size = self.dealt.shape
+        images = self.deal(self.order(epoch))
+        images = F.pad(images, (0, steps * size - images.shape[1]))  # behind the short last batch
+        self.dealt.copy_(images.view(shards, steps, size).transpose(0, 1))
+        self.dealt_epoch = epoch
+
     def batch(self, step: int) -> Batch:
         """This rank's part of one step of the run."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if epoch != self.dealt_epoch:
-            self.dealt, self.dealt_epoch = self.deal(self.order(epoch)).to(self.device), epoch
-        size = self.batch_size // self.num_replicas
-        indices = self.dealt[:, step_in_epoch * size : (step_in_epoch + 1) * size]
+            self.deal_epoch(epoch)
         num_images = self.count(step)
-        positions = self.positions[:, : indices.shape[1]]
-        is_padded = indices.shape[1] * self.num_replicas > num_images
-        mask = (positions < num_images).float() if is_padded else None
+        size = -(-num_images // self.num_replicas)
+        indices, positions = self.dealt[step_in_epoch, :, :size], self.positions[:, :size]
+        mask = self.last_mask[:, :size] if self.last_mask is not None and num_images < self.batch_size else None
         epoch_ends = step_in_epoch == self.steps_per_epoch - 1 or step == self.total_steps - 1
         return Batch(step, epoch, step_in_epoch, epoch_ends, num_images, indices, positions, mask)
 

@@ -75,7 +75,8 @@ def device_name(device: torch.device) -> str:
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether training is faster in bf16 than in fp32 there."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return cpu_has_fast_bf16()
 
 

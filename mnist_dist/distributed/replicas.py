@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 
 from mnist_dist.distributed.world import World
 from mnist_dist.errors import ReplicaError
-from mnist_dist.hashing import tensor_bytes
+from mnist_dist.tensors import tensor_bytes, to_cpu
 
 
 def check_replicas(world: World, network: nn.Module, optimizer: Optimizer, when: str) -> None:
@@ -31,10 +31,11 @@ def check_replicas(world: World, network: nn.Module, optimizer: Optimizer, when:
 
 def hash_parameters(network: nn.Module, optimizer: Optimizer) -> dict[str, str]:
     """A hash of the bits of each parameter, and of what the optimizer keeps of it."""
+    state = to_cpu({name: [p, *optimizer.state[p].values()] for name, p in network.named_parameters()})
     hashes = {}
-    for name, parameter in network.named_parameters():
+    for name, values in state.items():
         digest = hashlib.blake2b(digest_size=8)
-        for tensor in (parameter, *optimizer.state[parameter].values()):
+        for tensor in values:
             if isinstance(tensor, Tensor):
                 digest.update(tensor_bytes(tensor))
         hashes[name] = digest.hexdigest()

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mnist_dist.errors import RequestError, StorageError, one_line
 from mnist_dist.files import remove, sync_folder, write_synced
+from mnist_dist.tensors import to_cpu
 
 MODEL, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
 ABOUT = "about"  # the key of its metadata
@@ -82,11 +83,12 @@ def save(
             return path
         except DamagedError:
             _set_aside(path)
+    weights, training = to_cpu((weights, training))
     buffer = io.BytesIO()
     torch.save(training, buffer)
     contents = {
         MODEL: save_safetensors(
-            {k: v.detach().cpu().contiguous() for k, v in weights.items()},
+            {k: v.detach().contiguous() for k, v in weights.items()},
             {
                 ABOUT: json.dumps(about or {})
             },  # one key: several would come in a random order, and the same weights not be the same file

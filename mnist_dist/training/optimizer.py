@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -17,31 +17,45 @@ def build_optimizer(config: Config, network: nn.Module, *, in_graph: bool, is_sc
     With a gradient scaler (`is_scaled`), sgd is not fused: skipped in its first step, it would go on from momentum that
     was never written.
     """
-    parameters, decay = network.parameters(), config.weight_decay
-    device = next(network.parameters()).device
-    lr: Any = torch.tensor(config.lr, device=device) if in_graph else config.lr
-    if in_graph:  # the steps before the capture, and a last short batch, do run without
-        warnings.filterwarnings("ignore", message=".*capturable=True can impair performance")
+    parameters, momentum = network.parameters(), config.momentum
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    optimizer: Optimizer
     if config.optimizer == "sgd":
-        momentum = config.momentum
-        return SGD(parameters, lr, momentum=momentum, nesterov=momentum > 0, weight_decay=decay, fused=not is_scaled)
-    cls = Adam if config.optimizer == "adam" else AdamW
-    betas = (config.momentum, config.beta2)
-    return cls(parameters, lr, betas=betas, weight_decay=decay, fused=True, capturable=in_graph)
+        optimizer = SGD(parameters, momentum=momentum, nesterov=momentum > 0, fused=not is_scaled, **common)
+    else:
+        cls = Adam if config.optimizer == "adam" else AdamW
+        optimizer = cls(parameters, betas=(momentum, config.beta2), fused=True, capturable=in_graph, **common)
+    if in_graph:
+        device = next(network.parameters()).device
+        for group in optimizer.param_groups:  # not through the constructor, which would wait to read it
+            group["lr"] = torch.tensor(config.lr, device=device)
+        # The steps before the capture do run without.
+        warnings.filterwarnings("ignore", message=".*capturable=True can impair performance")
+    return optimizer
 
 
 class MovingAverage(AveragedModel):
-    """The exponential moving average of a network's weights."""
+    """The exponential moving average of a network's weights. Its update waits for no GPU, as its parent's does."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__(network, device=next(network.parameters()).device)
         self.multi_average = get_ema_multi_avg_fn(decay)
-        super().__init__(network, multi_avg_fn=self.multi_average)
+        self.is_empty = True
 
+    @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Move the average towards the weights; at the first update it becomes them."""
-        if self.n_averaged == 0:
-            super().update_parameters(model)
-            return
-        # As the parent does it, which would also copy n_averaged to the GPU and wait for that.
-        self.multi_average(list(self.module.parameters()), list(model.parameters()), self.n_averaged)
+        average: list[Tensor] = list(self.module.parameters())
+        weights: list[Tensor] = list(model.parameters())
+        if self.is_empty:
+            torch._foreach_copy_(average, weights)
+        else:
+            self.multi_average(average, weights, self.n_averaged)
         self.n_averaged += 1
+        self.is_empty = False
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """As its parent does."""
+        result = super().load_state_dict(*arguments, **options)
+        self.is_empty = not self.n_averaged
+        return result

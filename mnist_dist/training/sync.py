@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mnist_dist.data.sampler import Batch
 from mnist_dist.distributed.watchdog import Phase
 from mnist_dist.distributed.world import World
 from mnist_dist.run import stop
@@ -34,13 +35,14 @@ class Window(NamedTuple):
 class Sync:
     """Collects the losses of the steps, and lets the ranks agree."""
 
-    def __init__(self, world: World, stop_file: Path, checkpoint_every_s: float) -> None:
-        """`stop_file` is looked for by rank 0. `checkpoint_every_s` is 0 for no checkpoint inside an epoch."""
-        self.world, self.stop_file, self.checkpoint_every_s = world, stop_file, checkpoint_every_s
+    def __init__(self, world: World, loss_sums: Tensor, stop_file: Path, checkpoint_every_s: float) -> None:
+        """`loss_sums` [steps of an epoch] is where each step leaves its sum of losses, nats. `stop_file` is looked for
+        by rank 0. `checkpoint_every_s` is 0 for no checkpoint inside an epoch."""
+        self.world, self.loss_sums = world, loss_sums
+        self.stop_file, self.checkpoint_every_s = stop_file, checkpoint_every_s
         self.stop_reason = ""  # why this very rank wants to stop
-        # Not a list of tensors: small ones that live on between large ones that come and go tear the heap apart.
-        self.loss_sums = torch.zeros(MAX_STEPS, device=world.device)
-        self.counts: list[int] = []  # images of each step
+        self.counts: list[int] = []  # images of each step since the last sync, which are all of one epoch
+        self.last_row = 0  # the last step's place in its epoch
         self.steps_to_next = 1
         self.began_s = self.saved_s = time.monotonic()
 
@@ -48,10 +50,10 @@ class Sync:
         """Measure from now on: what was done since the last sync was not training."""
         self.began_s = time.monotonic()
 
-    def add(self, loss_sum: Tensor, num_images: int) -> None:
-        """Note a step's sum of losses [] over its `num_images`."""
-        self.loss_sums[len(self.counts)] = loss_sum
-        self.counts.append(num_images)
+    def add(self, batch: Batch) -> None:
+        """Note that a batch was trained on."""
+        self.counts.append(batch.num_images)
+        self.last_row = batch.step_in_epoch
 
     def is_due(self) -> bool:
         """Whether the ranks meet after this step."""
@@ -61,7 +63,8 @@ class Sync:
         """Meet the other ranks after the step before `next_step`; `failure` is why this one can't go on. Collective."""
         self.world.at(Phase.MEETING)
         num_steps = len(self.counts)
-        sums = self.loss_sums[:num_steps].tolist()  # on a GPU: waits for it
+        rows = slice(self.last_row + 1 - num_steps, self.last_row + 1)
+        sums = self.loss_sums[rows].tolist()  # on a GPU: waits for it
         now = time.monotonic()
         seconds = now - self.began_s
         is_main = self.world.is_main

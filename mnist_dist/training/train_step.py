@@ -18,33 +18,41 @@ from torch import Tensor, nn
 from mnist_dist.config.schema import Config
 from mnist_dist.data.augment import Augmentation
 from mnist_dist.data.dataset import Split
-from mnist_dist.data.sampler import Batch
+from mnist_dist.data.sampler import Batch, GlobalBatchSampler
 from mnist_dist.distributed.watchdog import Phase
 from mnist_dist.distributed.world import World
 from mnist_dist.models import build_model
-from mnist_dist.training.cuda_graph import Replayed
+from mnist_dist.training.cuda_graph import StepGraphs
 from mnist_dist.training.exchange import Exchange
 from mnist_dist.training.optimizer import MovingAverage, build_optimizer
 
 
 class TrainStep:
-    """Network, optimizer, moving average and gradient scaler; called with a batch, it trains them one step."""
+    """Network, optimizer, moving average and gradient scaler; called with a batch, it trains them one step.
 
-    def __init__(self, config: Config, world: World, train_split: Split, info: Callable[[str], None]) -> None:
-        """`train_split` lies on this rank's device; `info` takes what is to be said on the console."""
-        self.config, self.world, self.train_split = config, world, train_split
+    Whatever differs from step to step is a row of a table that is filled when an epoch begins: images, random warps,
+    learning rate, and where the loss goes. So an epoch's steps are replays of one CUDA graph, which counts its rows.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        train_split: Split,
+        sampler: GlobalBatchSampler,
+        learning_rate: Callable[[int], float],
+        info: Callable[[str], None],
+    ) -> None:
+        """`train_split` lies on this rank's device; `learning_rate` is that of a step of the run; `info` takes what is
+        to be said on the console."""
+        self.config, self.world, self.train_split, self.sampler = config, world, train_split, sampler
+        self.learning_rate = learning_rate
         self.augmentation = Augmentation(config, world.device)
         self.num_shards = config.num_shards(world.size) // world.size
-        self.replayed: Replayed | None = None
-        if world.device.type == "cuda" and config.graph == "auto":
-            if world.size > 1 or world.precision == "fp16":
-                why = "several ranks exchange gradients in it" if world.size > 1 else "fp16 decides in it what to skip"
-                world.notes.append(f"graph=auto launches the kernels of a step one by one: {why}")
-            else:
-                self.replayed = Replayed(self.update, info)
         self.network = build_model(config.model, config.seed).to(world.device)
+        self.graphs = self.choose_graphs(info)
         self.optimizer: Any = build_optimizer(
-            config, self.network, in_graph=self.replayed is not None, is_scaled=world.precision == "fp16"
+            config, self.network, in_graph=self.graphs is not None, is_scaled=world.precision == "fp16"
         )
         self.average = MovingAverage(self.network, config.ema) if config.ema else None
         parameters, tree = list(self.network.parameters()), bool(config.bit_exact)
@@ -55,39 +63,78 @@ class TrainStep:
         world.accelerator.prepare_optimizer(self.optimizer)
         self.scaler: torch.amp.GradScaler | None = world.accelerator.scaler  # for fp16
         self.was_skipped = False  # the last step, since the scaler found a gradient that is not finite
+        # The tables, a row a step of the epoch.
+        self.epoch = -1
+        self.loss_sums = torch.zeros(sampler.steps_per_epoch, device=world.device)  # over the global batch, nats
+        self.rates = torch.zeros(sampler.steps_per_epoch, device=world.device)
+        self.draws: list[Tensor] = []  # [steps, batch_size, ...], where images are warped at random
 
-    def __call__(self, batch: Batch, lr: float) -> Tensor:
-        """One optimizer step: returns the sum of the global batch's losses, nats, float32 []. Collective.
+    def choose_graphs(self, info: Callable[[str], None]) -> StepGraphs | None:
+        """The CUDA graphs that steps are replayed from, where there are any."""
+        if self.world.device.type != "cuda" or self.config.graph == "off":
+            return None
+        if self.world.precision == "fp16":
+            self.world.notes.append(
+                "graph=auto launches the kernels of a step one by one: fp16 decides in it what to skip"
+            )
+            return None
+        return StepGraphs(self.world, info)
 
-        The result is good until the next call.
-        """
+    def __call__(self, batch: Batch) -> None:
+        """One optimizer step, whose loss goes to `loss_sums`. Collective."""
         self.world.at(Phase.COMPUTING, batch.step)
-        for group in self.optimizer.param_groups:
-            if self.replayed:
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-        draws: list[Tensor] = []
-        if self.augmentation.enabled:
-            mine = batch.positions.clamp(max=batch.num_images - 1)
-            drawn = self.augmentation.draw(batch.epoch, batch.step_in_epoch, batch.num_images)
-            draws = [values[mine] for values in drawn]
-        # Of the sum of losses: the gradient of the global mean, over the true size of the batch.
-        scale = torch.full((), 1 / batch.num_images, device=batch.indices.device)
-        is_whole = batch.num_images == self.config.batch_size and batch.mask is None
-        if self.replayed and is_whole:
-            loss = self.replayed(scale, batch.indices, *draws)
+        if batch.epoch != self.epoch:
+            self.begin_epoch(batch.epoch)
+        if self.graphs:
+            self.graphs.run(lambda row: self.train_row(batch, row), batch)  # collective
         else:
-            loss = self.update(scale, batch.indices, *draws, mask=batch.mask)
+            self.train_row(batch, batch.step_in_epoch)  # collective
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Fill the tables of an epoch, in place where a graph reads them."""
+        self.epoch, num_rows, batch_size = epoch, self.sampler.steps_per_epoch, self.config.batch_size
+        if self.augmentation.enabled:
+            drawn = self.augmentation.draw(epoch, num_rows * batch_size)
+            tables = [values.unflatten(0, (num_rows, batch_size)) for values in drawn]
+            if self.graphs and self.draws:
+                torch._foreach_copy_(self.draws, tables)
+            else:
+                self.draws = tables
+        if self.graphs:
+            steps = range(epoch * num_rows, (epoch + 1) * num_rows)
+            self.rates.copy_(torch.tensor([self.learning_rate(step) for step in steps]))
+
+    def train_row(self, batch: Batch, row: int | Tensor) -> None:
+        """One step on a row of the tables, which a graph has as a tensor [1]. Collective.
+
+        Nothing here depends on a tensor's value, unless there is a scaler.
+        """
+        for group in self.optimizer.param_groups:
+            if self.graphs:
+                group["lr"].copy_(pick(self.rates, row))
+            else:
+                group["lr"] = self.learning_rate(batch.step)
+        if isinstance(row, Tensor):
+            batch = batch._replace(indices=pick(self.sampler.dealt, row)[:, : batch.indices.shape[1]])
+        loss = self.update(batch, [pick(table, row) for table in self.draws])  # collective
         if self.average and not self.was_skipped:
             self.average.update_parameters(self.network)
-        return loss
+        if isinstance(row, Tensor):
+            self.loss_sums.index_copy_(0, row, loss.view(1))
+        else:
+            self.loss_sums[row] = loss
 
-    def update(self, scale: Tensor, indices: Tensor, *draws: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The part of a step that a CUDA graph may hold: nothing here depends on a tensor's value. Collective."""
+    def update(self, batch: Batch, draws: list[Tensor]) -> Tensor:
+        """Train the network on a batch, with the random draws of its images, whole: [batch_size, ...]. Collective.
+
+        Returns the sum of the global batch's losses, nats, float32 [].
+        """
+        # Of the sum of losses: the gradient of the global mean, over the true size of the batch.
+        scale = torch.full((), 1 / batch.num_images, device=batch.indices.device)
         for shard in range(self.num_shards):
-            warps = [values[shard] for values in draws]
-            loss = self.compute_gradient(scale, indices[shard], warps, None if mask is None else mask[shard])
+            warps = [values.index_select(0, batch.positions[shard]) for values in draws]
+            mask = None if batch.mask is None else batch.mask[shard]
+            loss = self.compute_gradient(scale, batch.indices[shard], warps, mask)
             loss = self.exchange.put(shard, loss)
         self.world.at(Phase.EXCHANGING)
         self.exchange.sum()  # collective
@@ -140,7 +187,7 @@ class TrainStep:
 
     def is_finite(self) -> bool:
         """Whether all weights are numbers."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.network.state_dict().values())
+        return bool(torch.stack([tensor.isfinite().all() for tensor in self.network.state_dict().values()]).all())
 
     def state_dict(self) -> dict[str, Any]:
         """What training goes on with: only tensors, numbers and strings, so that it loads without running code."""
@@ -163,3 +210,8 @@ class TrainStep:
             self.average.module.load_state_dict(saved["network"])
         if self.scaler and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
+
+
+def pick(table: Tensor, row: int | Tensor) -> Tensor:
+    """A row of a table; `row` is a number, or a tensor int64 [1]."""
+    return table.index_select(0, row)[0] if isinstance(row, Tensor) else table[row]

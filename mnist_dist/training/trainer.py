@@ -63,8 +63,8 @@ class Trainer:
             num_images, batch_size, self.total_steps, config.seed, **place, device=world.device
         )
         self.train_split = dataset.train.to(world.device)
-        self.train_step = TrainStep(config, world, self.train_split, logger.info)
-        self.sync = Sync(world, run_dir.stop, config.checkpoint_every_s)
+        self.train_step = TrainStep(config, world, self.train_split, self.sampler, self.learning_rate, logger.info)
+        self.sync = Sync(world, self.train_step.loss_sums, run_dir.stop, config.checkpoint_every_s)
         if world.is_main:  # a second network for evaluation, never wrapped and never in a lower precision
             self.bare_network = build_model(config.model, config.seed).to(world.device)
             self.eval_split = dataset.eval_split.to(world.device)
@@ -81,8 +81,8 @@ class Trainer:
         self.sync.begin_window()
         for step in range(self.state.step, self.total_steps):
             batch = self.sampler.batch(step)
-            loss = self.train_step(batch, self.learning_rate(step))  # collective
-            self.sync.add(loss, batch.num_images)
+            self.train_step(batch)  # collective
+            self.sync.add(batch)
             self.count_step()
             if not (batch.epoch_ends or self.sync.is_due()):
                 continue

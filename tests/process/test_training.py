@@ -341,11 +341,11 @@ def change_weights(step: int, change: Callable[[torch.nn.Module], None]) -> None
 
     train_step = TrainStep.__call__
 
-    def changed(self: TrainStep, batch: Batch, lr: float) -> torch.Tensor:
+    def changed(self: TrainStep, batch: Batch) -> None:
         if batch.step == step:
             with torch.no_grad():
                 change(self.network)
-        return train_step(self, batch, lr)
+        train_step(self, batch)
 
     TrainStep.__call__ = changed  # type: ignore[method-assign]
 

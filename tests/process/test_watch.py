@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from mnist_dist.data.sampler import Batch
 from tests.conftest import (
     Result,
     become,
@@ -78,10 +79,10 @@ def _hang_in_step(last: int, arguments: list[str], folder: Path, log: Path, envi
 
     update, steps = TrainStep.update, itertools.count()
 
-    def hang(self: TrainStep, *tensors: Tensor, mask: Tensor | None = None) -> Tensor:
+    def hang(self: TrainStep, batch: Batch, draws: list[Tensor]) -> Tensor:
         if next(steps) == last and self.world.rank == 1:
             time.sleep(1000)
-        return update(self, *tensors, mask=mask)
+        return update(self, batch, draws)
 
     TrainStep.update = hang  # type: ignore[method-assign]
     become(arguments, folder, log, environment)

@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mnist_dist.config.schema import Config
 from mnist_dist.data.dataset import Split
 from mnist_dist.data.sampler import GlobalBatchSampler
 from mnist_dist.distributed.launch_env import LaunchEnv
 from mnist_dist.distributed.setup import init_distributed
-from mnist_dist.training.cuda_graph import Replayed
+from mnist_dist.training.cuda_graph import StepGraphs
 from mnist_dist.training.optimizer import build_optimizer
 from mnist_dist.training.train_step import TrainStep
 
@@ -31,11 +30,11 @@ def make_split() -> Split:
 
 
 def make_step(config: Config, *, replay: bool = False) -> TrainStep:
-    """A step of one rank on the CPU; with `replay` as it would be in a graph."""
+    """A step of one rank on the CPU, at a learning rate that changes; with `replay` as it would be in a graph."""
     world = init_distributed(config, LaunchEnv(use_cpu=True))
-    step = TrainStep(config, world, make_split(), pytest.fail)
+    step = TrainStep(config, world, make_split(), make_sampler(config), lambda n: 1e-3 * (1 + n % 7), pytest.fail)
     if replay:
-        step.replayed = Replayed(step.update, pytest.fail, capture=remember)
+        step.graphs = StepGraphs(world, pytest.fail, capture=remember)
         step.optimizer = build_optimizer(config, step.network, in_graph=True)
     return step
 
@@ -49,15 +48,18 @@ def make_sampler(config: Config) -> GlobalBatchSampler:
 
 
 def train(step: TrainStep, steps: range) -> list[float]:
-    """Train some steps, at a learning rate that changes; returns the sums of the losses."""
-    sampler = make_sampler(step.config)
-    return [float(step(sampler.batch(number), lr=1e-3 * (1 + number % 7))) for number in steps]
+    """Train some steps; returns the sums of the losses."""
+    losses = []
+    for number in steps:
+        batch = step.sampler.batch(number)
+        step(batch)
+        losses.append(float(step.loss_sums[batch.step_in_epoch]))
+    return losses
 
 
-def remember(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """In place of a CUDA graph: runs the function again, on the same inputs, into the same result."""
-    result = torch.full((), float("nan"))
-    return lambda: result.copy_(function()) and None, result
+def remember(function: Callable[[], None]) -> Callable[[], None]:
+    """In place of a CUDA graph: what is replayed is the function as it was at the capture, which does not run it."""
+    return function
 
 
 def keep_threads() -> Iterator[None]:

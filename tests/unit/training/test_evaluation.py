@@ -43,7 +43,7 @@ def plain(request: pytest.FixtureRequest, split: Split) -> tuple[nn.Module, floa
 def test_figures_are_those_of_a_plain_loop(
     batch_size: int, plain: tuple[nn.Module, float, list[list[int]]], split: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BATCH_SIZE", batch_size)
+    monkeypatch.setattr(module, "CPU_BATCH_SIZE", batch_size)
     model, loss, confusion = plain
     result = evaluate(model, split)
     assert result.loss == pytest.approx(loss, rel=1e-5)
@@ -112,7 +112,7 @@ def test_the_interval_lies_between_zero_and_one_and_holds_the_accuracy() -> None
 
 
 def test_the_most_confident_mistakes_come_first(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_SIZE", 20)
+    monkeypatch.setattr(module, "CPU_BATCH_SIZE", 20)
     model = build_model("mlp", seed=1)
     with torch.no_grad():
         probabilities = model(split.images.float() / 255).double().softmax(1)
