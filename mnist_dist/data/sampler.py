@@ -53,6 +53,7 @@ class GlobalBatchSampler(DistributedSampler[int]):
         self.dealt = torch.zeros(self.steps_per_epoch, shards, size, dtype=torch.int64, device=device)
         self.dealt_epoch = -1
         num_last = self.count(self.steps_per_epoch - 1)
+        self.batch_sizes = {batch_size, num_last}
         is_padded = num_last % num_shards > 0  # so that the shards of the last batch are of one size
         self.last_mask = (self.positions < num_last).float() if is_padded else None
 

@@ -63,6 +63,8 @@ class TrainStep:
         world.accelerator.prepare_optimizer(self.optimizer)
         self.scaler: torch.amp.GradScaler | None = world.accelerator.scaler  # for fp16
         self.was_skipped = False  # the last step, since the scaler found a gradient that is not finite
+        # Of the sum of losses: the gradient of the global mean, over the true size of the batch.
+        self.scales = {n: torch.full((), 1 / n, device=world.device) for n in sampler.batch_sizes}
         # The tables, a row a step of the epoch.
         self.epoch = -1
         self.loss_sums = torch.zeros(sampler.steps_per_epoch, device=world.device)  # over the global batch, nats
@@ -129,8 +131,7 @@ class TrainStep:
 
         Returns the sum of the global batch's losses, nats, float32 [].
         """
-        # Of the sum of losses: the gradient of the global mean, over the true size of the batch.
-        scale = torch.full((), 1 / batch.num_images, device=batch.indices.device)
+        scale = self.scales[batch.num_images]
         for shard in range(self.num_shards):
             warps = [values.index_select(0, batch.positions[shard]) for values in draws]
             mask = None if batch.mask is None else batch.mask[shard]

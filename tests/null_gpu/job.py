@@ -68,7 +68,7 @@ def plant(fault: str) -> None:
 
 if __name__ == "__main__":
     torch.backends.cudnn.enabled = False  # it is not there
-    TrainStep.is_finite = lambda self: True  # type: ignore[method-assign]
+    TrainStep.is_finite = lambda _: True  # type: ignore[method-assign]
     plant(os.environ.get("NULL_GPU_FAULT", ""))
     trainer_class = trainer_module.Trainer
     TrainStep.__call__ = count("step", TrainStep.__call__)  # type: ignore[method-assign]
