@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check lint golden torture clean
+.PHONY: train test check lint golden torture pictures clean
 
 train: $(VENV)/.installed
 	PYTHON=$(BIN)/python launch/local.sh missing=synthetic
@@ -29,6 +29,10 @@ golden: $(VENV)/.dev
 # The whole kill campaign, about half an hour: 160 runs with one rank, 40 with two, 50 with bit_exact on 1, 2 and 4.
 torture: $(VENV)/.dev
 	$(BIN)/python -m tests.torture
+
+# Draw README's pictures anew, in docs/pictures/, from runs that are made for it; some minutes.
+pictures: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.pictures
 
 clean:
 	rm -rf $(VENV) build *.egg-info .*_cache
