@@ -1,0 +1,116 @@
+"""What surrounds the code: README, CONTRIBUTING, CHANGELOG, CITATION.cff and constraints.txt agree with it."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.commands import blocks, check_command
+from tests.conftest import REPOSITORY
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+PAGES = [*(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"))]
+PAGES += sorted((REPOSITORY / "docs").glob("*.md"))
+README = (REPOSITORY / "README.md").read_text()
+CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text()
+
+
+START = README.split("\n## Start\n")[1].split("\nIt ends with lines like these")[0]
+
+
+@pytest.mark.parametrize("line", blocks(START))
+def test_a_command_in_the_readme_exists(line: str) -> None:
+    check_command(line)
+
+
+@pytest.mark.parametrize(
+    "line", [c for c in re.findall(r"`([^`\n]+)`", CONTRIBUTING) if re.match(r"make|pip|python", c)]
+)
+def test_a_command_in_contributing_exists(line: str) -> None:
+    check_command(line)
+
+
+def test_every_path_in_contributing_is_there() -> None:
+    for path in re.findall(r"(?<![\w/])(?:docs|tests|benchmarks|mnist_dist)/[\w./-]*\w", CONTRIBUTING):
+        assert (REPOSITORY / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_or_heading_leads_somewhere(page: Path) -> None:
+    text = page.read_text()
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    for link in links:
+        if re.match(r"https?://", link):
+            continue
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+def test_every_footnote_is_used_and_defined() -> None:
+    for page in PAGES:
+        text = page.read_text()
+        defined = re.findall(r"^\[\^([\w-]+)\]:", text, re.MULTILINE)
+        used = re.findall(r"\[\^([\w-]+)\](?!:)", text)
+        assert len(defined) == len(set(defined))
+        assert set(defined) == set(used), page
+
+
+def test_the_readme_shows_each_picture_and_says_what_is_on_it() -> None:
+    pictures = sorted(path.name for path in (REPOSITORY / "docs/pictures").glob("*.svg"))
+    assert pictures == ["curves-dark.svg", "curves-light.svg", "terminal.svg"]
+    for name in pictures:
+        assert f"docs/pictures/{name}" in README
+        svg = (REPOSITORY / "docs/pictures" / name).read_text()
+        ElementTree.fromstring(svg)
+        assert not re.search(r"(?:src|href)=\"https?:|url\(\"?https?:|@font-face|@import", svg), "it loads something"
+    assert all(len(alt) > 80 for alt in re.findall(r'alt="([^"]*)"', README))
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation: dict[str, Any] = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+    assert citation["abstract"] == PROJECT["description"]
+    assert {"title", "message", "authors"} <= set(citation)
+
+
+def test_the_constraints_hold_every_direct_dependency_within_its_range() -> None:
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert pins == sorted(pins)
+    versions = {}
+    for pin in pins:
+        name, _, version = pin.partition("==")
+        assert re.fullmatch(r"[\w.]+", version), pin
+        assert name == canonicalize_name(name)
+        versions[name] = version
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    for requirement in (Requirement(text) for group in groups for text in group):
+        version = versions[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement}, but constraints.txt has {version}"
+
+
+def test_the_changelog_has_the_form_of_keepachangelog() -> None:
+    text = (REPOSITORY / "CHANGELOG.md").read_text()
+    assert text.startswith("# Changelog\n")
+    versions = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert versions[0] == "[Unreleased]"
+    released = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d", version) for version in versions[1:]]
+    assert all(released), versions
+    assert next(match[1] for match in released if match) == PROJECT["version"]
+    for section in text.split("\n## ")[1:]:
+        kinds = re.findall(r"^### (.*)$", section, re.MULTILINE)
+        assert len(kinds) == len(set(kinds)), "a kind of change is there twice"
+        assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+        assert kinds, "changes stand under a kind"
