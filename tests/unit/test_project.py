@@ -114,3 +114,20 @@ def test_the_changelog_has_the_form_of_keepachangelog() -> None:
         assert len(kinds) == len(set(kinds)), "a kind of change is there twice"
         assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
         assert kinds, "changes stand under a kind"
+
+
+def test_the_short_comparison_in_the_readme_says_what_the_long_one_says() -> None:
+    def table(text: str) -> list[dict[str, str]]:
+        lines = text.split("## Beside the other ways\n")[-1].split("# Beside the other ways\n")[-1].splitlines()
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+        return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+    short = table(README.split("\n## What always holds")[0])
+    text = (REPOSITORY / "docs/COMPARISON.md").read_text()
+    long = table(re.sub(r"\[\^[\w-]+\]", "", text))
+    marks = [tuple(row[name] for name in short[0] if name) for row in long]
+    for row in short:
+        assert tuple(row[name] for name in row if name) in marks, row
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert not re.search(r"\| (?:yes|no|option)[^\[|]*\|", line), f"a mark without a source: {line}"
