@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -36,6 +36,7 @@ class World:
     precision: str  # resolved: fp32, tf32, bf16 or fp16
     notes: list[str]  # what differs from what was asked for, to be said on the console
     watchdog: Watchdog | None  # over the other ranks, if there are any
+    group: dist.ProcessGroup | None = None  # of their collectives; None: all ranks of the job
 
     @property
     def rank(self) -> int:
@@ -45,7 +46,7 @@ class World:
     @property
     def size(self) -> int:
         """How many ranks there are."""
-        return self.accelerator.num_processes  # type: ignore[no-any-return]
+        return len(self.members)
 
     @property
     def is_main(self) -> bool:
@@ -71,12 +72,16 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"), group=self.group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank, in the order of ranks. Collective."""
-        return gather(value, self.size)
+        return gather(value, self.size, self.group)
+
+    def first(self, size: int, group: dist.ProcessGroup | None) -> "World":
+        """The world of the first `size` ranks, whose collectives `group` carries; for these ranks alone."""
+        return replace(self, members=self.members[:size], group=group)
 
     @contextmanager
     def shared_errors(self) -> Iterator[None]:
@@ -113,10 +118,10 @@ class World:
         dist.destroy_process_group()
 
 
-def gather(value: Any, world_size: int) -> list[Any]:
+def gather(value: Any, world_size: int, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's value, on every rank, in the order of ranks. Collective."""
     if world_size == 1:
         return [value]
     values: list[Any] = [None] * world_size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values

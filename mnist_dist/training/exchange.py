@@ -18,9 +18,21 @@ from torch import Tensor
 class Exchange:
     """The flat vectors of this rank's shards, and their sum over all ranks."""
 
-    def __init__(self, parameters: Sequence[Tensor], *, num_shards: int, world_size: int, fixed_tree: bool) -> None:
-        """`num_shards` are this rank's. A lone shard of a lone rank has nothing to be summed with, and no vector."""
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        num_shards: int,
+        world_size: int,
+        fixed_tree: bool,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        """`num_shards` are this rank's. A lone shard of a lone rank has nothing to be summed with, and no vector.
+
+        `group` is that of the first `world_size` ranks of the job, or None where they are all.
+        """
         self.parameters, self.world_size, self.fixed_tree = list(parameters), world_size, fixed_tree
+        self.group = group
         self.is_needed = num_shards * world_size > 1
         if not self.is_needed:
             return
@@ -49,9 +61,9 @@ class Exchange:
             return
         total = add_along_tree(self.vectors)
         if self.world_size > 1 and self.fixed_tree:
-            add_over_ranks(total, self.received)  # collective
+            add_over_ranks(total, self.received, self.group)  # collective
         elif self.world_size > 1:
-            dist.all_reduce(total)  # collective
+            dist.all_reduce(total, group=self.group)  # collective
         for parameter, gradient in zip(self.parameters, self.gradients[0], strict=True):
             parameter.grad = gradient
 
@@ -64,27 +76,28 @@ class Exchange:
         return views
 
 
-def add_over_ranks(vector: Tensor, received: Tensor) -> None:
+def add_over_ranks(vector: Tensor, received: Tensor, group: dist.ProcessGroup | None = None) -> None:
     """Add the ranks' vectors [size] in place, along the tree: recursive halving, then doubling. Collective.
 
-    The number of ranks is a power of two that divides size; `received` [size / 2] is overwritten.
+    The number of ranks is a power of two that divides size; `received` [size / 2] is overwritten. `group` is that of
+    the first ranks of the job, or None for all of them.
     """
     rank, distance, part = dist.get_rank(), 1, vector
     halves = []
-    while distance < dist.get_world_size():
+    while distance < dist.get_world_size(group):
         low, high = part.chunk(2)
         kept, given = (high, low) if rank & distance else (low, high)
-        swap(given, received[: len(kept)], rank ^ distance)
+        swap(given, received[: len(kept)], rank ^ distance, group)
         kept += received[: len(kept)]
         halves.append((kept, given, rank ^ distance))
         part, distance = kept, 2 * distance
     for kept, given, partner in reversed(halves):
-        swap(kept, given, partner)
+        swap(kept, given, partner, group)
 
 
-def swap(given: Tensor, received: Tensor, partner: int) -> None:
+def swap(given: Tensor, received: Tensor, partner: int, group: dist.ProcessGroup | None) -> None:
     """Send a tensor to a rank, and receive one of the same size from it."""
-    messages = [dist.P2POp(dist.isend, given, partner), dist.P2POp(dist.irecv, received, partner)]
+    messages = [dist.P2POp(dist.isend, given, partner, group), dist.P2POp(dist.irecv, received, partner, group)]
     for work in dist.batch_isend_irecv(messages):
         work.wait()
 

@@ -56,7 +56,8 @@ class TrainStep:
         )
         self.average = MovingAverage(self.network, config.ema) if config.ema else None
         parameters, tree = list(self.network.parameters()), bool(config.bit_exact)
-        self.exchange = Exchange(parameters, num_shards=self.num_shards, world_size=world.size, fixed_tree=tree)
+        place: Any = {"num_shards": self.num_shards, "world_size": world.size, "group": world.group}
+        self.exchange = Exchange(parameters, **place, fixed_tree=tree)
         # Accelerate adds autocast, and no DDP, which `evaluation_mode` leaves out: the exchange is ours. It keeps the
         # optimizer for the scaler's sake; its wrapper costs a tenth of a millisecond a step (docs/LOG.md).
         self.model: nn.Module = world.accelerator.prepare_model(self.network, evaluation_mode=True)

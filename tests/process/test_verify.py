@@ -82,8 +82,8 @@ def _break(fault: str, arguments: list[str], folder: Path, log: Path, environmen
     elif fault == "exchange":
         add = exchange.add_over_ranks
 
-        def add_wrongly(vector: Tensor, received: Tensor) -> None:
-            add(vector, received)
+        def add_wrongly(vector: Tensor, received: Tensor, group: Any) -> None:
+            add(vector, received, group)
             vector[1] += 1
 
         exchange.add_over_ranks = add_wrongly

@@ -175,3 +175,10 @@ def test_ranks_hear_each_other(tmp_path: Path) -> None:
     told = on_all_ranks(functools.partial(_tell, "word"), 2, tmp_path)
     heard = [[0, "word"], [1, "word"]]
     assert told == [["word of rank 0", heard, True], ["word of rank 0", heard, False]]
+
+
+def test_the_first_ranks_are_a_world_of_their_own() -> None:
+    world = world_of(1, 3)
+    first = world.first(2, None)
+    assert (first.rank, first.size, first.name(1)) == (1, 2, "rank 1 on b")
+    assert world.size == 3
