@@ -13,7 +13,7 @@ refuse() {
 take_verb() { # arguments of the script
   verb=train
   case ${1:-} in
-    train | doctor | verify) verb=$1 && shift ;;
+    train | doctor | verify | bench) verb=$1 && shift ;;
     *)
       if [[ ${1:-} =~ ^[a-z]+$ && -f $(dirname "$train")/mnist_dist/commands/$1.py ]]; then
         exec "$python" "$train" "$@"
@@ -33,7 +33,7 @@ count_ranks() {
     refuse "NPROC=$nproc is more than the GPUs here, $num_gpus; each rank needs one of its own"
   fi
   restarts=${MAX_RESTARTS:-0}
-  [ "$verb" = train ] || restarts=0 # a verdict is final
+  [ "$verb" = train ] || restarts=0 # a verdict is final, and a measurement begins anew
   [[ $restarts =~ ^[0-9]{1,6}$ ]] || refuse "MAX_RESTARTS=$restarts is not a number of restarts"
   [[ ${MASTER_PORT:-0} =~ ^[0-9]{1,5}$ && ${MASTER_PORT:-0} -le 65535 ]] || refuse "MASTER_PORT=$MASTER_PORT is not a port, 1 to 65535"
 }

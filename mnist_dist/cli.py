@@ -25,6 +25,7 @@ VERBS = {
     "train": "train a network",
     "doctor": "can this set-up train at all? checks hosts, network, devices and folders, with all ranks",
     "verify": "does it train right? compares bits: each rank alone, all together, again, resumed; plants faults",
+    "bench": "how fast does it train, and how does it scale? times the real step on 1, 2, 4 ... ranks",
     "evaluate": "exact loss, accuracy and confusion matrix of a run, a checkpoint or a file of weights",
     "report": "a run on one page of HTML: figures, curves, mistakes; of several runs, how they compare",
     "predict": "which digit a picture shows: a photo, a scan, a drawing",
@@ -32,7 +33,8 @@ VERBS = {
     "schema": "print the JSON schema of a recipe, for editors",
     "fetch": "bring a dataset to this machine, so that training needs no network",
 }
-RANKED = ("train", "doctor", "verify")  # the verbs that a launcher starts once a rank
+RANKED = ("train", "doctor", "verify", "bench")  # the verbs that a launcher starts once a rank
+WITH_VERDICT = ("doctor", "verify")  # those of them whose exit code 1 is a verdict, and no failure of a rank
 EXAMPLES = """\
 examples:
   accelerate launch train.py                            the CNN, on every GPU here, or the CPU
@@ -85,8 +87,18 @@ def make_parser() -> argparse.ArgumentParser:
         "Start it as training is started: launch/local.sh verify, launch/node.sh verify, sbatch slurm/train.sh "
         "verify.\nIt trains both networks on drawn digits. Exit code 1 where something differs."
     )
-    for checker in (doctor, verify):
-        checker.add_argument("--json", action="store_true", help="print one JSON object with everything")
+    bench = verbs["bench"]
+    bench.usage = "%(prog)s [-h] [--json] [--output FILE] [--against FILE] [RECIPE] [key=value ...]"
+    bench.epilog = (
+        "Started alone it starts the ranks of this machine itself: one a GPU, or one a CPU core. Under a launcher,\n"
+        "as NPROC=2 launch/local.sh bench or sbatch slurm/train.sh bench, its ranks are the largest world.\n"
+        "It trains on drawn digits: both networks at several batch sizes, or those that the request names.\n\n"
+        "next: mnist-dist bench --output now.json --against before.json"
+    )
+    bench.add_argument("--output", metavar="FILE", help="write everything there as JSON, and a plot beside it as PNG")
+    bench.add_argument("--against", metavar="FILE", help="what has changed since an earlier --output")
+    for ranked in (doctor, verify, bench):
+        ranked.add_argument("--json", action="store_true", help="print one JSON object with everything")
     verify.add_argument("--plant", action="store_true", help="only plant faults, each several times")
     evaluate = verbs["evaluate"]
     evaluate.usage = "%(prog)s [-h] [--json] RUN [key=value ...]"
@@ -140,7 +152,7 @@ def run_process(arguments: Sequence[str]) -> int:
     """Run a verb as the whole of a process: the exit code for whoever started it."""
     code = main(arguments)
     try:
-        has_verdict = bool(arguments) and arguments[0] in RANKED[1:]
+        has_verdict = bool(arguments) and arguments[0] in WITH_VERDICT
         return read_launch_env(os.environ).exit_code(code, has_verdict=has_verdict)
     except RequestError:  # `main` has said it
         return code

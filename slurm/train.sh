@@ -52,7 +52,7 @@ fi
 verb=train
 case ${1:-} in
   train) shift ;;
-  doctor | verify) verb=$1 ;;
+  doctor | verify | bench) verb=$1 ;;
   *)
     if [[ ${1:-} =~ ^[a-z]+$ && -f $(dirname "$(realpath "$root/train.py")")/mnist_dist/commands/$1.py ]]; then
       verb=$1
@@ -61,7 +61,7 @@ case ${1:-} in
 esac
 case $verb in
   train) kind=run ;;
-  doctor | verify) kind=verdict ;; # of all ranks, on nothing that needs to be kept
+  doctor | verify | bench) kind=verdict ;; # of all ranks, on nothing that needs to be kept
   *) kind=alone ;;                 # without ranks
 esac
 run_dir=""
