@@ -80,8 +80,10 @@ def interruptible(what: str) -> Iterator[None]:
         if _received:
             raise StoppedEarlyError(_received[0])
         yield
-    except StoppedEarlyError as request:
-        raise StoppedEarlyError(f"stopped by {request} while {what}; nothing is lost, start it again") from None
+    except Exception:  # a library that calls Python code may have made an error of its own of it
+        if not _received:
+            raise
+        raise StoppedEarlyError(f"stopped by {_received[0]} while {what}; nothing is lost, start it again") from None
     finally:
         _is_interruptible = False
 

@@ -334,6 +334,28 @@ def test_what_is_raised_where_signals_are_heard_at_once_passes(tmp_path: Path) -
         pass
 
 
+def test_a_signal_is_heard_where_a_library_makes_another_error_of_it(tmp_path: Path) -> None:
+    """As pydantic does of whatever is raised while it calls Python code."""
+    code = """
+import os, signal, time
+from mnist_dist.errors import StoppedEarlyError
+from mnist_dist.run import stop
+stop.install()
+try:
+    with stop.interruptible("fetching the dataset"):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
+        except StoppedEarlyError as error:
+            raise ValueError(f"a function failed: {error}") from error
+except StoppedEarlyError as error:
+    print(error)
+"""
+    assert run(code, folder=tmp_path) == [
+        "stopped by SIGTERM while fetching the dataset; nothing is lost, start it again"
+    ]
+
+
 def test_a_stop_file_of_an_earlier_start_is_deleted_and_a_new_one_stays(tmp_path: Path) -> None:
     path = tmp_path / "STOP"
     path.touch()
