@@ -33,7 +33,7 @@ from mnist_dist.distributed.world import World
 from mnist_dist.errors import RequestError, StorageError
 from mnist_dist.files import find_obstacle, write_atomically, write_json
 from mnist_dist.run import stop
-from mnist_dist.speed.changes import Comparison, check_format, compare
+from mnist_dist.speed.changes import check_format, compare
 from mnist_dist.speed.measure import Measurement
 from mnist_dist.speed.plan import Plan, largest_world_size, make_plan
 from mnist_dist.speed.plot import draw_png
@@ -52,19 +52,35 @@ def run(options: argparse.Namespace, config: Config, env: LaunchEnv) -> int:
         read_files(options)  # what is wrong there is said before anything is started
     tune_cpu()
     num_ranks = count_ranks(config, env)
-    with stop.interruptible("measuring"), OtherRanks(config, env, num_ranks) as others:
-        meeting = meet_ranks(config, others.env)  # collective
-        with init_distributed(config, others.env, meeting) as world, others.ended_on_error():  # collective
-            with world.shared_errors():  # collective
-                before = read_files(options) if world.is_main else None
-            plan = world.broadcast(plan_for(config, world))  # collective
-            with Reporter(is_silent=not world.is_main) as reporter:
-                samples = Measurement(config, world, plan, reporter.report).run()  # collective
-            with world.shared_errors():  # collective
-                if world.is_main:
-                    summary = summarize(samples, plan, config, world, time.monotonic() - began_s)
-                    finish(options, summary, before)
+    with OtherRanks(config, env, num_ranks) as others:  # a signal is heard once they are started: none is left behind
+        with stop.interruptible("waiting for the other ranks"):
+            meeting = meet_ranks(config, others.env)  # collective
+        with init_distributed(config, others.env, meeting) as world:  # collective
+            with others.ended_on_error(), stop.interruptible("measuring"):
+                summary = measure(options, config, world, began_s)  # collective
+            if world.is_main and not options.json:
+                print_all(options, summary)
+            elif world.is_main:
+                print(json.dumps(summary))
     return 0
+
+
+def measure(options: argparse.Namespace, config: Config, world: World, began_s: float) -> dict[str, Any]:
+    """Measure, compare, and write the files; what was measured, on rank 0. Collective. Raises JobError."""
+    with world.shared_errors():  # collective
+        before = read_files(options) if world.is_main else None
+    plan = world.broadcast(plan_for(config, world))  # collective
+    with Reporter(is_silent=not world.is_main) as reporter:
+        samples = Measurement(config, world, plan, reporter.report).run()  # collective
+    summary: dict[str, Any] = {}
+    with world.shared_errors():  # collective
+        if world.is_main:
+            summary = summarize(samples, plan, config, world, time.monotonic() - began_s)
+            if before:
+                summary["against"] = {"file": options.against, **dataclasses.asdict(compare(before, summary))}
+            if options.output:
+                write_files(output_path(options), summary)
+    return summary
 
 
 def count_ranks(config: Config, env: LaunchEnv) -> int:
@@ -225,31 +241,23 @@ def output_path(options: argparse.Namespace) -> Path:
     return Path(expand_path(options.output, "--output"))
 
 
-def finish(options: argparse.Namespace, summary: dict[str, Any], before: dict[str, Any] | None) -> None:
-    """Write and print it, on rank 0. Raises StorageError."""
-    comparison = compare(before, summary) if before else None
-    if comparison:
-        summary["against"] = {"file": options.against, **dataclasses.asdict(comparison)}
-    if options.output:
-        path = output_path(options)
-        try:
-            write_json(path, summary)
-            write_atomically(path.with_suffix(".png"), draw_png(summary))
-        except OSError as error:
-            raise StorageError(f"{error.filename} cannot be written: {error.strerror}") from None
-    if options.json:
-        print(json.dumps(summary))
-    else:
-        print_all(options, summary, comparison)
+def write_files(path: Path, summary: dict[str, Any]) -> None:
+    """Write it as JSON, and the plot beside that. Raises StorageError."""
+    picture = draw_png(summary)
+    try:
+        write_json(path, summary)
+        write_atomically(path.with_suffix(".png"), picture)
+    except OSError as error:
+        raise StorageError(f"{error.filename} cannot be written: {error.strerror}") from None
 
 
-def print_all(options: argparse.Namespace, summary: dict[str, Any], comparison: Comparison | None) -> None:
+def print_all(options: argparse.Namespace, summary: dict[str, Any]) -> None:
     """Tables, what has changed, and what to do next."""
     is_terminal = sys.stdout.isatty()  # this alone decides, as FORCE_COLOR would colour a log
     console = Console(highlight=False, soft_wrap=not is_terminal, force_terminal=is_terminal)
     print_summary(console, summary)
-    if comparison:
-        print_comparison(console, comparison, options.against)
+    if against := summary.get("against"):
+        print_comparison(console, against)
     end = f"in {output_path(options)} and {output_path(options).with_suffix('.png').name}" if options.output else ""
     console.print(f"\nmeasured in {summary['seconds']:.0f} s{'; everything is ' if end else ''}{end}", markup=False)
     if not options.output:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mnist_dist.speed.changes import Comparison
+from mnist_dist.speed.changes import Change
 from mnist_dist.speed.figures import Spread
 from mnist_dist.speed.measure import PARTS
 
@@ -110,17 +110,17 @@ def print_exchanges(console: Console, summary: dict[str, Any]) -> None:
     console.print(table)
 
 
-def print_comparison(console: Console, comparison: Comparison, name: str) -> None:
-    """What has changed since the measurement in the file `name`, what has not, and what could not be compared."""
-    lines = [f"\nagainst {name}:"]
-    lines += [f"  not the same {difference}" for difference in [*comparison.obstacles, *comparison.versions]]
-    if comparison.obstacles:
+def print_comparison(console: Console, against: dict[str, Any]) -> None:
+    """What has changed since an earlier measurement, what has not, and what could not be compared."""
+    lines = [f"\nagainst {against['file']}:"]
+    lines += [f"  not the same {difference}" for difference in [*against["obstacles"], *against["versions"]]]
+    if against["obstacles"]:
         lines.append("  so nothing was compared: figures of speed compare on one machine, for one request")
     else:
-        num_compared = len(comparison.changed) + len(comparison.unchanged)
-        kinds = "medians of steps and exchanges"
-        lines.append(f"  {num_compared} {kinds} compared, {len(comparison.changed)} changed beyond the quartiles")
-        lines += [f"  {change}" for change in comparison.changed]
-        lines += [f"  only before, not compared: {figure}" for figure in comparison.only_before]
-        lines += [f"  only now, not compared: {figure}" for figure in comparison.only_now]
+        num_changed, num_unchanged = len(against["changed"]), len(against["unchanged"])
+        compared = f"{num_changed + num_unchanged} medians of steps and exchanges compared"
+        lines.append(f"  {compared}, {num_changed} changed beyond the quartiles")
+        lines += [f"  {Change(**change)}" for change in against["changed"]]
+        lines += [f"  only before, not compared: {figure}" for figure in against["only_before"]]
+        lines += [f"  only now, not compared: {figure}" for figure in against["only_now"]]
     console.print("\n".join(lines), markup=False)

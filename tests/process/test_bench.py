@@ -191,8 +191,9 @@ def test_a_signal_ends_all_ranks_at_once(when: str, tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGTERM)
     result = wait_ranks([process], log, timeout_s=60)
     lines = [line for line in result.output.splitlines() if not line.startswith("bench: ")]
+    doing = "measuring" if when == "they measure" else "waiting for the other ranks"
     assert [line for line in lines if ": waiting for rank" not in line] == [
-        "mnist-dist: stopped by SIGTERM while measuring; nothing is lost, start it again"
+        f"mnist-dist: stopped by SIGTERM while {doing}; nothing is lost, start it again"
     ]
     assert result.code == 3
     assert processes_of(tmp_path) == []
