@@ -55,6 +55,7 @@ def run(options: argparse.Namespace, config: Config, env: LaunchEnv) -> int:
     with OtherRanks(config, env, num_ranks) as others:  # a signal is heard once they are started: none is left behind
         with stop.interruptible("waiting for the other ranks"):
             meeting = meet_ranks(config, others.env)  # collective
+        others.remove_request()
         with init_distributed(config, others.env, meeting) as world:  # collective
             with others.ended_on_error(), stop.interruptible("measuring"):
                 summary = measure(options, config, world, began_s)  # collective
@@ -109,10 +110,11 @@ class OtherRanks:
     def __init__(self, config: Config, env: LaunchEnv, num_ranks: int) -> None:
         """Start them; `env` becomes this process's place among them."""
         self.env, self.processes = env, list[subprocess.Popen[bytes]]()
-        self.folder = tempfile.TemporaryDirectory(prefix="mnist-dist-bench-")
+        self.folder: tempfile.TemporaryDirectory[str] | None = None  # of the request, until all ranks have read it
         self.is_over = threading.Event()
         if num_ranks == env.world_size:
             return
+        self.folder = tempfile.TemporaryDirectory(prefix="mnist-dist-bench-")
         recipe = Path(self.folder.name) / "bench.yaml"
         recipe.write_text(config.to_yaml())
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -147,7 +149,7 @@ class OtherRanks:
                         flush=True,
                     )
                     self.end()
-                    self.folder.cleanup()
+                    self.remove_request()
                     os._exit(1)
 
     def __enter__(self) -> Self:
@@ -161,7 +163,12 @@ class OtherRanks:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(deadline_s - time.monotonic(), 0))
         self.end()
-        self.folder.cleanup()
+        self.remove_request()
+
+    def remove_request(self) -> None:
+        """Delete the file that they read when they start."""
+        if self.folder:
+            self.folder.cleanup()
 
     def end(self) -> None:
         """Kill those that are still there."""

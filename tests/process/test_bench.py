@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def become_long(arguments: list[str], folder: Path, log: Path, environment: dict
     from mnist_dist.run import stop
 
     stop.install()  # as the entry does
+    tempfile.tempdir = str(folder / "temporary")
     bench.usable_cores = lambda: (0, 1)
     become(arguments, folder, log, environment)
 
@@ -182,8 +184,9 @@ def test_a_wrong_request_is_one_sentence_and_nothing_is_written(
 
 @pytest.mark.parametrize("when", ["the ranks start", "they measure"])
 def test_a_signal_ends_all_ranks_at_once(when: str, tmp_path: Path) -> None:
-    log = tmp_path / "output.txt"
-    process = start_verb(["bench", "--output", "now.json"], log, become_long)
+    log, temporary = tmp_path / "output.txt", tmp_path / "temporary"
+    temporary.mkdir()
+    process = start_verb(["bench", "--output", "now.json"], log, become_long, TMPDIR=str(temporary))
     wait_for(lambda: len(processes_of(tmp_path)) == 2)
     if when == "they measure":
         wait_for(lambda: "bench: " in log.read_text())
@@ -197,12 +200,14 @@ def test_a_signal_ends_all_ranks_at_once(when: str, tmp_path: Path) -> None:
     ]
     assert result.code == 3
     assert processes_of(tmp_path) == []
-    assert list(tmp_path.iterdir()) == [log]
+    assert sorted(tmp_path.iterdir()) == [log, temporary]
+    assert list(temporary.iterdir()) == []
 
 
 def test_a_rank_that_dies_is_named(tmp_path: Path) -> None:
-    log = tmp_path / "output.txt"
-    process = start_verb(["bench"], log, become_long)
+    log, temporary = tmp_path / "output.txt", tmp_path / "temporary"
+    temporary.mkdir()
+    process = start_verb(["bench"], log, become_long, TMPDIR=str(temporary))
     wait_for(lambda: len(processes_of(tmp_path)) == 2)
     (other,) = set(processes_of(tmp_path)) - {process.pid}
     os.kill(other, signal.SIGKILL)  # before the ranks have met
@@ -210,3 +215,4 @@ def test_a_rank_that_dies_is_named(tmp_path: Path) -> None:
     assert "mnist-dist: rank 1, a process that this one started, ended with exit code -9" in result.output
     assert result.code == 1
     assert processes_of(tmp_path) == []
+    assert list(temporary.iterdir()) == []
