@@ -16,14 +16,14 @@ from torch import Tensor
 
 from mnist_dist.config.schema import Config
 from mnist_dist.data.dataset import Split
-from mnist_dist.data.sampler import GlobalBatchSampler
+from mnist_dist.data.sampler import Batch, GlobalBatchSampler
 from mnist_dist.data.synthetic import draw_digits
 from mnist_dist.distributed.setup import COLLECTIVE_TIMEOUT
 from mnist_dist.distributed.watchdog import Phase
 from mnist_dist.distributed.world import World
 from mnist_dist.models import build_model, num_parameters
 from mnist_dist.speed.plan import NUM_IMAGES, Case, Plan
-from mnist_dist.training.cuda_graph import WARM_UP_CALLS
+from mnist_dist.training.cuda_graph import WARM_UP_STEPS
 from mnist_dist.training.exchange import Exchange
 from mnist_dist.training.train_step import TrainStep
 
@@ -72,19 +72,18 @@ class TimedExchange(Exchange):
 class TimedStep(TrainStep):
     """The job's step, launched kernel by kernel, with a lap of the clock after each part."""
 
-    def __init__(self, config: Config, world: World, train_split: Split, clock: LapClock) -> None:
-        super().__init__(config.model_copy(update={"graph": "off"}), world, train_split, lambda _: None)
-        self.clock = clock
+    def __init__(self, clock: LapClock, config: Config, *arguments: Any) -> None:
+        super().__init__(config.model_copy(update={"graph": "off"}), *arguments)
+        self.clock, world = clock, self.world
         place: Any = {"num_shards": self.num_shards, "world_size": world.size, "group": world.group}
         self.exchange = TimedExchange(clock, self.exchange.parameters, **place, fixed_tree=bool(config.bit_exact))
         self.num_pieces = 0  # of this shard, that have been through the network: of several with micro_batch
         self.model.register_forward_pre_hook(self.enter_network)
 
-    def __call__(self, batch: Any, lr: float) -> Tensor:
+    def __call__(self, batch: Batch) -> None:
         """As TrainStep does. Collective."""
-        loss = super().__call__(batch, lr)  # collective
+        super().__call__(batch)  # collective
         self.clock.lap("optimizer")
-        return loss
 
     def compute_gradient(self, *arguments: Any) -> Tensor:
         """As TrainStep does."""
@@ -140,36 +139,36 @@ class StepTask(Task):
         """`images` lie on this rank's device; a batch that would be cut short at the end of an epoch is left out."""
         super().__init__(str(case), world, case.threads)
         self.config = config.model_copy(update={"model": case.model, "batch_size": case.batch_size})
-        self.step = self.build_step(images, info)
         num_images = NUM_IMAGES // case.batch_size * case.batch_size
         place = {"rank": world.rank, "world_size": world.size, "num_shards": self.config.num_shards(world.size)}
         self.sampler = GlobalBatchSampler(
             num_images, case.batch_size, total_steps=10**9, seed=config.seed, **place, device=world.device
         )
+        self.step = self.build_step(self.config, world, images, self.sampler, lambda _: self.config.lr, info)
         self.position = 0
 
-    def build_step(self, images: Split, info: Callable[[str], None]) -> TrainStep:
+    def build_step(self, *arguments: Any) -> TrainStep:
         """The step that is timed."""
-        return TrainStep(self.config, self.world, images, info)
+        return TrainStep(*arguments)
 
     def work(self) -> None:
         """One step. Collective."""
-        self.step(self.sampler.batch(self.position), self.config.lr)  # collective
+        self.step(self.sampler.batch(self.position))  # collective
         self.position += 1
 
     @property
     def is_replayed(self) -> bool:
         """Whether it is a CUDA graph that is timed."""
-        return self.step.replayed is not None and self.step.replayed.is_captured
+        return self.step.graphs is not None and bool(self.step.graphs.replays)
 
 
 class PartsTask(StepTask):
     """The same steps, with the seconds of each part."""
 
-    def build_step(self, images: Split, info: Callable[[str], None]) -> TrainStep:  # noqa: ARG002
+    def build_step(self, *arguments: Any) -> TrainStep:
         """The step with laps."""
         self.clock = LapClock(self.world.device)
-        return TimedStep(self.config, self.world, images, self.clock)
+        return TimedStep(self.clock, *arguments)
 
     def begin_together(self) -> None:
         """As Task does, and start the clock. Collective."""
@@ -265,7 +264,7 @@ class Measurement:
     def warm_up(self, series: Series) -> None:
         """Let a task allocate and choose what it needs, and see how often it fits into a repetition. Collective."""
         if series.task:
-            for _ in range(WARM_UP_CALLS + 1 if self.world.device.type == "cuda" else 1):
+            for _ in range(WARM_UP_STEPS + 1 if self.world.device.type == "cuda" else 1):
                 series.task.work()  # collective among those that take part
             seconds = series.task.run(1)  # the same
             series.num_repeats = max(1, int(self.plan.repetition_s / max(seconds, 1e-9)))

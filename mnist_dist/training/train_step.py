@@ -55,9 +55,13 @@ class TrainStep:
             config, self.network, in_graph=self.graphs is not None, is_scaled=world.precision == "fp16"
         )
         self.average = MovingAverage(self.network, config.ema) if config.ema else None
-        parameters, tree = list(self.network.parameters()), bool(config.bit_exact)
-        place: Any = {"num_shards": self.num_shards, "world_size": world.size, "group": world.group}
-        self.exchange = Exchange(parameters, **place, fixed_tree=tree)
+        self.exchange = Exchange(
+            list(self.network.parameters()),
+            num_shards=self.num_shards,
+            world_size=world.size,
+            fixed_tree=bool(config.bit_exact),
+            group=world.group,
+        )
         # Accelerate adds autocast, and no DDP, which `evaluation_mode` leaves out: the exchange is ours. It keeps the
         # optimizer for the scaler's sake; its wrapper costs a tenth of a millisecond a step (docs/LOG.md).
         self.model: nn.Module = world.accelerator.prepare_model(self.network, evaluation_mode=True)

@@ -1,16 +1,14 @@
 """The step whose parts are timed is the job's step."""
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 
-from mnist_dist.distributed.launch_env import LaunchEnv
-from mnist_dist.distributed.setup import init_distributed
 from mnist_dist.speed.measure import NUM_DRAWN, PARTS, LapClock, TimedStep, draw_images
 from mnist_dist.speed.plan import NUM_IMAGES
-from mnist_dist.training.train_step import TrainStep
-from tests.unit.training.steps import keep_threads, make_config, make_split, train
+from tests.unit.training.steps import keep_threads, make_config, make_step, train
 
 threads = pytest.fixture(autouse=True)(keep_threads)
 
@@ -18,9 +16,8 @@ threads = pytest.fixture(autouse=True)(keep_threads)
 @pytest.mark.parametrize("settings", [{}, {"bit_exact": 4}, {"micro_batch": 5, "shift": 2.0, "ema": 0.9}])
 def test_the_same_weights_with_all_parts_timed(settings: dict[str, Any]) -> None:
     config = make_config(**settings)
-    world = init_distributed(config, LaunchEnv(use_cpu=True))
-    clock = LapClock(world.device)
-    timed, whole = TimedStep(config, world, make_split(), clock), TrainStep(config, world, make_split(), pytest.fail)
+    clock = LapClock(torch.device("cpu"))
+    timed, whole = make_step(config, build=functools.partial(TimedStep, clock)), make_step(config)
     clock.start()
     began_s = clock.last_s
     assert train(timed, range(9)) == train(whole, range(9))

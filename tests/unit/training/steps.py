@@ -29,10 +29,10 @@ def make_split() -> Split:
     return Split(images, torch.randint(0, 10, (NUM_IMAGES,), generator=generator))
 
 
-def make_step(config: Config, *, replay: bool = False) -> TrainStep:
+def make_step(config: Config, *, replay: bool = False, build: Callable[..., TrainStep] = TrainStep) -> TrainStep:
     """A step of one rank on the CPU, at a learning rate that changes; with `replay` as it would be in a graph."""
     world = init_distributed(config, LaunchEnv(use_cpu=True))
-    step = TrainStep(config, world, make_split(), make_sampler(config), lambda n: 1e-3 * (1 + n % 7), pytest.fail)
+    step = build(config, world, make_split(), make_sampler(config), lambda n: 1e-3 * (1 + n % 7), pytest.fail)
     if replay:
         step.graphs = StepGraphs(world, pytest.fail, capture=remember)
         step.optimizer = build_optimizer(config, step.network, in_graph=True)
