@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check lint golden torture pictures clean
+.PHONY: train test check lint golden torture pictures gpu clean
 
 train: $(VENV)/.installed
 	PYTHON=$(BIN)/python launch/local.sh missing=synthetic
@@ -33,6 +33,17 @@ torture: $(VENV)/.dev
 # Draw README's pictures anew, in docs/pictures/, from runs that are made for it; some minutes.
 pictures: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.pictures
+
+# On a machine with a GPU: all that only a GPU can show, in nine minutes, into docs/gpu-results.json and a table. WHEELS
+# names a folder of wheels where no index can be reached: PYTHON, which has PyTorch, then lacks only what is in there.
+gpu: $(if $(WHEELS),,$(VENV)/.dev)
+ifdef WHEELS
+	rm -rf build/wheels
+	$(PYTHON) -m pip install -q --no-index --no-deps --target build/wheels $(WHEELS)/*.whl
+	PYTHONPATH=build/wheels:. $(PYTHON) -m benchmarks.gpu $(if $(OUTPUT),--output $(OUTPUT))
+else
+	$(BIN)/python -m benchmarks.gpu $(if $(OUTPUT),--output $(OUTPUT))
+endif
 
 clean:
 	rm -rf $(VENV) build *.egg-info .*_cache

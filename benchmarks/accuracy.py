@@ -6,7 +6,7 @@ python -m benchmarks.accuracy configs/cnn.yaml --seeds 0 1 2 3 4 [--json FILE] [
 import argparse
 import statistics
 
-from benchmarks.common import processor, show, train, write
+from benchmarks.common import processor_name, show, train, write
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--json", default="", metavar="FILE")
     options = parser.parse_intermixed_args()
     rows = []
-    print(f"{options.recipe} {' '.join(options.overrides)}\n{processor()}")
+    print(f"{options.recipe} {' '.join(options.overrides)}\n{processor_name()}")
     for seed in options.seeds:
         done = train([options.recipe, f"seed={seed}", *options.overrides])
         last = {e["split"]: 100 * e["accuracy"] for e in done["evaluations"]}

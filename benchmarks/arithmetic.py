@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import REPOSITORY, processor, train, write
+from benchmarks.common import REPOSITORY, processor_name, train, write
 from benchmarks.loops import BATCH_SIZE
 from mnist_dist.distributed.device import tune_cpu, usable_cores
 
@@ -91,7 +91,7 @@ def main() -> None:
     options = parser.parse_args()
     tune_cpu()
     torch.set_num_threads(len(usable_cores()))
-    print(f"{processor()}\nGFLOP/s, medians of {options.rounds}")
+    print(f"{processor_name()}\nGFLOP/s, medians of {options.rounds}")
     rows = []
     for precision in options.precisions:
         dtype = torch.float32 if precision == "no" else torch.bfloat16

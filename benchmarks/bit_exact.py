@@ -9,7 +9,7 @@ after another.
 import argparse
 import statistics
 
-from benchmarks.common import processor, train, write
+from benchmarks.common import processor_name, train, write
 
 CASES = [(1, 0), (1, 1), (1, 2), (1, 4), (1, 8), (2, 0), (2, 2), (4, 0), (4, 4)]  # ranks, bit_exact
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", default="", metavar="FILE")
     options = parser.parse_args()
-    print(processor())
+    print(processor_name())
     rows = []
     for model in options.models:
         arguments = [f"model={model}", f"max_steps={options.steps}", "precision=fp32", "threads=1"]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -10,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mnist_dist.speed.summary import processor_name as processor_name
 from mnist_dist.versions import commit, library_versions
 
 REPOSITORY = Path(__file__).parents[1]
@@ -18,13 +18,6 @@ REPOSITORY = Path(__file__).parents[1]
 def data_dir() -> str:
     """The folder with MNIST in it: MNIST_DIST_DATA_DIR, or data."""
     return str(Path(os.environ.get("MNIST_DIST_DATA_DIR") or "data").absolute())
-
-
-def processor() -> str:
-    """Its name and how many cores there are."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores"
 
 
 class Ended(NamedTuple):
@@ -80,7 +73,7 @@ def write(path: str, results: dict[str, Any]) -> None:
     """Write a comparison's results as JSON, with what they were made on, if a path is given."""
     about = {
         "command": " ".join(sys.orig_argv[1:]),
-        "processor": processor(),
+        "processor": processor_name(),
         "versions": {**library_versions(), "commit": commit()},
     }
     if path:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.common import processor, write
+from benchmarks.common import processor_name, write
 from mnist_dist.models import build_model, num_parameters
 from mnist_dist.training.exchange import add_along_tree, add_over_ranks
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", default="", metavar="FILE")
     options = parser.parse_args()
-    print(processor())
+    print(processor_name())
     rows = []
     for model in ("mlp", "cnn"):
         size = 1 + num_parameters(build_model(model, seed=0))

@@ -6,7 +6,7 @@ python -m benchmarks.rank_accuracy configs/cnn.yaml [--ranks 1 2] [--json FILE] 
 import argparse
 import statistics
 
-from benchmarks.common import processor, show, train, write
+from benchmarks.common import processor_name, show, train, write
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", default="", metavar="FILE")
     options = parser.parse_intermixed_args()
-    print(f"{options.recipe} {' '.join(options.overrides)}\n{processor()}")
+    print(f"{options.recipe} {' '.join(options.overrides)}\n{processor_name()}")
     rows = []
     first: list[float] = []
     for ranks in options.ranks:

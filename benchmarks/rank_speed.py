@@ -8,7 +8,7 @@ Each round trains every case both ways for some seconds, in turn; the ratio is t
 import argparse
 import statistics
 
-from benchmarks.common import processor, train, write
+from benchmarks.common import processor_name, train, write
 
 CASES = ["cnn:256", "mlp:2048", "mlp:64"]
 EPOCHS = {"cnn": 1, "mlp": 3}
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", default="", metavar="FILE")
     options = parser.parse_args()
-    print(processor())
+    print(processor_name())
     rows = []
     for case in options.cases:
         model, _, batch = case.partition(":")

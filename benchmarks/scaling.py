@@ -21,7 +21,7 @@ import matplotlib as mpl
 import numpy as np
 
 from benchmarks.arithmetic import FLOP_PER_IMAGE
-from benchmarks.common import processor, train, write
+from benchmarks.common import processor_name, train, write
 from mnist_dist.distributed.device import usable_cores
 from mnist_dist.models import build_model, num_parameters
 
@@ -153,7 +153,7 @@ def plot(path: str, measured: dict[tuple[str, int, int], float], fit: Fit, cores
 
 def show(measured: dict[tuple[str, int, int], float], fit: Fit, cores: int) -> dict[str, float]:
     """Print what was measured, fitted and predicted; returns the errors on the world size that was held out."""
-    print(f"{processor()}\n\n| network | global batch | ranks | measured, ms | model, ms | error |")
+    print(f"{processor_name()}\n\n| network | global batch | ranks | measured, ms | model, ms | error |")
     print("|---" * 6 + "|")
     errors = {}
     for (model, batch, world_size), seconds in measured.items():

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import REPOSITORY, data_dir, processor, write
+from benchmarks.common import REPOSITORY, data_dir, processor_name, write
 
 
 def whole(*arguments: str) -> float:
@@ -61,7 +61,7 @@ def main() -> None:
         for name, way in WAYS.items():
             found[name].append(way())
     medians = {name: statistics.median(seconds) for name, seconds in found.items()}
-    print(processor())
+    print(processor_name())
     for name, seconds in found.items():
         print(f"{name:<36} {medians[name]:.2f} s  ({' '.join(f'{s:.2f}' for s in seconds)})")
     nothing, help_, torch, first = medians.values()

@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 
-from benchmarks.common import REPOSITORY, data_dir, processor, run, train, write
+from benchmarks.common import REPOSITORY, data_dir, processor_name, run, train, write
 from benchmarks.loops import LOOPS
 
 ONLY_FP32 = ("tutorial", "example", "keras_torch", "keras_jax")
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--json", default="", metavar="FILE")
     options = parser.parse_args()
     rows = []
-    print(processor())
+    print(processor_name())
     print(f"{'model':>5} {'way':>14} {'precision':>9} {'median s':>9} {'images/s':>9} {'peak MB':>8}  all")
     for model in options.models:
         loops = [(loop, p) for loop in options.against for p in (["no"] if loop in ONLY_FP32 else options.precisions)]

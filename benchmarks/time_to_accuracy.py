@@ -9,7 +9,7 @@ so that both see the same machine; the ten epochs are summed. The recipes were t
 import argparse
 import statistics
 
-from benchmarks.common import processor, show, train, write
+from benchmarks.common import processor_name, show, train, write
 from benchmarks.throughput import other
 
 RECIPES = ["configs/cnn-fast.yaml", "configs/cnn.yaml"]
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--json", default="", metavar="FILE")
     options = parser.parse_args()
-    print(processor())
+    print(processor_name())
     rows: list[dict[str, float | str]] = []
     epochs: list[float] = []
     for seed in range(options.seeds):

@@ -53,17 +53,17 @@ def pretend_to_evaluate(model: Any, split: Any) -> Evaluation:
 
 
 def plant(fault: str) -> None:
-    """A fault in the step that a capture does not allow."""
+    """A fault in the step of one rank that a capture does not allow: a value that is read, or copied to the GPU."""
     update = TrainStep.update
 
-    def read_value(self: TrainStep, *arguments: Any) -> Any:
+    def update_and_read(self: TrainStep, *arguments: Any) -> Any:
         loss = update(self, *arguments)
         if self.world.rank == int(os.environ.get("NULL_GPU_RANK", "0")):
-            loss.item()
+            loss.item() if fault == "item" else torch.ones(()).to(loss.device)
         return loss
 
-    if fault == "item":
-        TrainStep.update = read_value  # type: ignore[method-assign]
+    if fault:
+        TrainStep.update = update_and_read  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -124,8 +124,10 @@ def check_account(account: dict[str, Any], *, num_nccl: int, is_main: bool = Tru
     "settings",
     [
         ["model=mlp", "precision=fp32"],
-        ["model=mlp", "precision=bf16", "ema=0.9", "clip_grad_norm=1", "shift=1", "elastic=1", "optimizer=sgd"],
+        ["best-mlp", "precision=bf16", "clip_grad_norm=1", "optimizer=sgd"],
+        ["best-cnn", "micro_batch=50"],
     ],
+    ids=lambda settings: settings[0],
 )
 def test_a_step_is_one_replay(null_gpu: Path, tmp_path: Path, data_dir: Path, settings: list[str]) -> None:
     output, (account,) = run(null_gpu, tmp_path, data_dir, *settings)
@@ -135,24 +137,33 @@ def test_a_step_is_one_replay(null_gpu: Path, tmp_path: Path, data_dir: Path, se
     assert all(work["wait"] == 1 for work in account["save"])
 
 
-@pytest.mark.parametrize(("bit_exact", "num_nccl"), [(0, 1), (4, 4)])  # halving and doubling, each sends and receives
-def test_a_step_of_two_ranks_is_one_replay_with_its_exchange(
-    null_gpu: Path, tmp_path: Path, data_dir: Path, bit_exact: int, num_nccl: int
+# With bit_exact, each of log2 ranks halvings and as many doublings sends and receives.
+@pytest.mark.parametrize(("world_size", "bit_exact", "num_nccl"), [(2, 0, 1), (2, 4, 4), (4, 0, 1)])
+def test_a_step_of_several_ranks_is_one_replay_with_its_exchange(
+    null_gpu: Path, tmp_path: Path, data_dir: Path, world_size: int, bit_exact: int, num_nccl: int
 ) -> None:
-    output, accounts = run(null_gpu, tmp_path, data_dir, "model=cnn", f"bit_exact={bit_exact}", world_size=2)
-    assert "2 ranks on cuda: Null GPU" in output
+    settings = ["model=cnn", f"bit_exact={bit_exact}", "threads=1"]
+    output, accounts = run(null_gpu, tmp_path, data_dir, *settings, world_size=world_size)
+    assert f"{world_size} ranks on cuda: Null GPU" in output
     for rank, account in enumerate(accounts):
         check_account(account, num_nccl=num_nccl, is_main=rank == 0)
 
 
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("item", "operation not permitted when stream is capturing"),
+        ("copy", "Cannot copy between CPU and CUDA tensors during CUDA graph capture"),
+    ],
+)
 def test_a_step_that_cannot_be_captured_on_one_rank_is_replayed_on_none(
-    null_gpu: Path, tmp_path: Path, data_dir: Path
+    null_gpu: Path, tmp_path: Path, data_dir: Path, fault: str, reason: str
 ) -> None:
-    faults = {"NULL_GPU_FAULT": "item", "NULL_GPU_RANK": "1"}
+    faults = {"NULL_GPU_FAULT": fault, "NULL_GPU_RANK": "1"}
     output, accounts = run(null_gpu, tmp_path, data_dir, "model=mlp", world_size=2, **faults)
     note = f"note: a step could not be captured as a CUDA graph on rank 1 on {os.uname().nodename}, its kernels are"
     assert output.count(note) == 1
-    assert "operation not permitted when stream is capturing" in output
+    assert reason in output
     for account in accounts:
         assert not any("replay" in step for step in account["step"])
 

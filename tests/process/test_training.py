@@ -100,6 +100,29 @@ def test_a_micro_batch_changes_nothing(straight: Path, recipe: list[str], data_d
     assert_close(straight, train(tmp_path, data_dir, *recipe, "micro_batch=24"), 1e-5)
 
 
+def _replay(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+    """Be a rank whose steps are replayed as from a CUDA graph: what differs from step to step comes from the tables."""
+    from mnist_dist.training.cuda_graph import StepGraphs
+    from mnist_dist.training.train_step import TrainStep
+    from tests.unit.training.steps import remember
+
+    def choose_graphs(self: TrainStep, info: Callable[[str], None]) -> StepGraphs:
+        return StepGraphs(self.world, info, capture=remember)
+
+    TrainStep.choose_graphs = choose_graphs  # type: ignore[method-assign, assignment]
+    become(arguments, folder, log, environment)
+
+
+def test_replayed_steps_of_two_ranks_have_the_same_curve(
+    straight: Path, recipe: list[str], data_dir: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "output.txt"
+    arguments = [*COMMON, f"data_dir={data_dir}", "epochs=7", *recipe]
+    result = wait_ranks(start_ranks(arguments, log, world_size=2, target=_replay), log)
+    assert result.code == 0, result.output
+    assert_close(straight, tmp_path / "run", 1e-5)
+
+
 def _count(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
     """Be a rank that writes down which images it gave weight to."""
     from mnist_dist.data.sampler import Batch, GlobalBatchSampler
