@@ -6,7 +6,6 @@ verb that needs it, so `--help` and a refusal come at once.
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from mnist_dist.config.paths import redact_address
 from mnist_dist.config.schema import Config
 from mnist_dist.distributed.launch_env import LaunchEnv, read_launch_env
 from mnist_dist.errors import JobError, RequestError, RunError
+from mnist_dist.versions import VERSION
 
 VERBS = {
     "train": "train a network",
@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The verbs and their options; key=value and the like are left to the verbs."""
     plain = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog="mnist-dist", description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=plain)
-    parser.add_argument("--version", action="version", version=f"mnist-dist {importlib.metadata.version('mnist-dist')}")
+    parser.add_argument("--version", action="version", version=f"mnist-dist {VERSION}")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
     verbs = {
         verb: subparsers.add_parser(verb, help=text, description=text, formatter_class=plain, allow_abbrev=False)

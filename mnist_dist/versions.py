@@ -6,13 +6,14 @@ import platform
 import subprocess
 from pathlib import Path
 
-PACKAGES = ("mnist-dist", "torch", "torchvision", "accelerate", "numpy", "pydantic", "safetensors")
+VERSION = "0.1.0"  # pyproject.toml takes it from here: a checkout runs without being installed
+PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "pydantic", "safetensors")
 SOURCE = Path(__file__).parent
 
 
 def library_versions() -> dict[str, str]:
-    """Python's version and those of the libraries that are installed."""
-    versions = {"python": platform.python_version()}
+    """Python's version, the job's own, and those of the libraries that are installed."""
+    versions = {"python": platform.python_version(), "mnist-dist": VERSION}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -1,9 +1,12 @@
-"""The wheel, installed elsewhere, works from an empty folder."""
+"""The wheel, installed elsewhere, works from an empty folder; a checkout works without being installed."""
 
+import json
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+from mnist_dist.versions import VERSION
 from tests.conftest import REPOSITORY, clean_environment
 
 
@@ -33,3 +36,19 @@ def test_a_wheel_trains_a_recipe_by_name(tmp_path: Path, data_dir: Path) -> None
     where = [sys.executable, "-c", "import mnist_dist; print(mnist_dist.__file__)"]
     imported = subprocess.run(where, cwd=folder, env=environment, capture_output=True, text=True).stdout
     assert imported.startswith(str(site))
+
+
+def test_a_checkout_that_is_not_installed_trains(tmp_path: Path, data_dir: Path) -> None:
+    site = tmp_path / "site"  # all that is installed, but this package
+    site.mkdir()
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if "mnist_dist" not in path.name:
+            (site / path.name).symlink_to(path)
+    arguments = ["train", "mlp", "dataset=synthetic", f"data_dir={data_dir}", "max_steps=3", f"run_dir={tmp_path}/run"]
+    for words, said in ((["--version"], f"mnist-dist {VERSION}"), (arguments, "mlp (535,818 parameters)")):
+        command = [sys.executable, "-S", "-m", "mnist_dist", *words]  # -S: without the site that this package is installed in
+        environment = clean_environment(PYTHONPATH=str(site))
+        result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert said in result.stdout
+    assert json.loads((tmp_path / "run/versions.json").read_text())["mnist-dist"] == VERSION

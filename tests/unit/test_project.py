@@ -11,6 +11,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from mnist_dist.versions import VERSION
 from tests.commands import blocks, check_command
 from tests.conftest import REPOSITORY
 
@@ -79,7 +80,7 @@ def test_the_readme_shows_each_picture_and_says_what_is_on_it() -> None:
 def test_the_citation_is_of_this_version() -> None:
     citation: dict[str, Any] = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0"
-    assert citation["version"] == PROJECT["version"]
+    assert citation["version"] == VERSION
     assert citation["license"] == PROJECT["license"]
     assert citation["abstract"] == PROJECT["description"]
     assert {"title", "message", "authors"} <= set(citation)
@@ -108,7 +109,7 @@ def test_the_changelog_has_the_form_of_keepachangelog() -> None:
     assert versions[0] == "[Unreleased]"
     released = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d", version) for version in versions[1:]]
     assert all(released), versions
-    assert next(match[1] for match in released if match) == PROJECT["version"]
+    assert next(match[1] for match in released if match) == VERSION
     for section in text.split("\n## ")[1:]:
         kinds = re.findall(r"^### (.*)$", section, re.MULTILINE)
         assert len(kinds) == len(set(kinds)), "a kind of change is there twice"
