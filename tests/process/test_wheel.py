@@ -46,7 +46,13 @@ def test_a_checkout_that_is_not_installed_trains(tmp_path: Path, data_dir: Path)
             (site / path.name).symlink_to(path)
     arguments = ["train", "mlp", "dataset=synthetic", f"data_dir={data_dir}", "max_steps=3", f"run_dir={tmp_path}/run"]
     for words, said in ((["--version"], f"mnist-dist {VERSION}"), (arguments, "mlp (535,818 parameters)")):
-        command = [sys.executable, "-S", "-m", "mnist_dist", *words]  # -S: without the site that this package is installed in
+        command = [
+            sys.executable,
+            "-S",
+            "-m",
+            "mnist_dist",
+            *words,
+        ]  # -S: without the site that this package is installed in
         environment = clean_environment(PYTHONPATH=str(site))
         result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
