@@ -6,7 +6,8 @@ python -m benchmarks.accuracy configs/cnn.yaml --seeds 0 1 2 3 4 [--json FILE] [
 import argparse
 import statistics
 
-from benchmarks.common import processor_name, show, train, write
+from benchmarks.common import show, train, write
+from mnist_dist.distributed.device import processor_name
 
 
 def main() -> None:

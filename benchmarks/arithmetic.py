@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import REPOSITORY, processor_name, train, write
+from benchmarks.common import REPOSITORY, train, write
 from benchmarks.loops import BATCH_SIZE
-from mnist_dist.distributed.device import tune_cpu, usable_cores
+from mnist_dist.distributed.device import processor_name, tune_cpu, usable_cores
 
 # Multiplications and additions of the forward pass, an image. The backward pass has twice as many, less the gradient
 # with respect to the images, which nobody needs.

@@ -9,7 +9,8 @@ after another.
 import argparse
 import statistics
 
-from benchmarks.common import processor_name, train, write
+from benchmarks.common import train, write
+from mnist_dist.distributed.device import processor_name
 
 CASES = [(1, 0), (1, 1), (1, 2), (1, 4), (1, 8), (2, 0), (2, 2), (4, 0), (4, 4)]  # ranks, bit_exact
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mnist_dist.speed.summary import processor_name as processor_name
+from mnist_dist.distributed.device import processor_name
 from mnist_dist.versions import commit, library_versions
 
 REPOSITORY = Path(__file__).parents[1]

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.common import processor_name, write
+from benchmarks.common import write
+from mnist_dist.distributed.device import processor_name
 from mnist_dist.models import build_model, num_parameters
 from mnist_dist.training.exchange import add_along_tree, add_over_ranks
 

@@ -22,11 +22,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import REPOSITORY, data_dir, write
-from mnist_dist.distributed.device import driver_version
+from mnist_dist.distributed.device import choose_device, driver_version
+from mnist_dist.distributed.launch_env import read_launch_env
+from mnist_dist.errors import JobError
 
 Rows = list[dict[str, Any]]
 BATCH_SIZES, LOOP_STEPS = "64,512,4096", "200"
@@ -135,20 +138,9 @@ def run_loop(loop: str) -> Callable[[float], Rows]:
     return run
 
 
-def run_seeds(recipe: str) -> Callable[[float], Rows]:
-    """Seconds of training and test accuracy of a recipe with many seeds."""
-
-    def run(limit_s: float) -> Rows:
-        rows: Rows = json.loads(call(limit_s, "-m", "benchmarks.gpu_parts", "seeds", recipe, str(NUM_SEEDS)))
-        return rows
-
-    return run
-
-
-def run_busy(limit_s: float) -> Rows:
-    """The share of a step that the GPU computes."""
-    rows: Rows = json.loads(call(limit_s, "-m", "benchmarks.gpu_parts", "busy"))
-    return rows
+def run_measurement(*arguments: str) -> Callable[[float], Rows]:
+    """One of benchmarks.gpu_parts."""
+    return lambda limit_s: json.loads(call(limit_s, "-m", "benchmarks.gpu_parts", *arguments))
 
 
 def list_parts() -> list[Part]:
@@ -164,9 +156,12 @@ def list_parts() -> list[Part]:
     ]
     return [
         Part("tests/gpu", 150, run_tests("tests/gpu")),
-        Part("busy", 60, run_busy),
+        Part("busy", 60, run_measurement("busy")),
         *bench[:4],
-        *(Part(f"seeds {name}", 90, run_seeds(f"configs/{name}.yaml")) for name in ("cnn-fast", "cnn")),
+        *(
+            Part(f"seeds {name}", 90, run_measurement("seeds", f"configs/{name}.yaml", str(NUM_SEEDS)))
+            for name in ("cnn-fast", "cnn")
+        ),
         *(Part(f"loop {loop}", 60, run_loop(loop)) for loop in OTHERS),
         *bench[4:],
         Part("verify", 60, run_verb("verify")),
@@ -220,9 +215,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--only", nargs="+", default=[part.name for part in parts], metavar="PART")
     options = parser.parse_args()
-    import torch
-
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true"
+    try:
+        on_gpu = choose_device(read_launch_env(os.environ)).type == "cuda"
+    except JobError as error:
+        raise SystemExit(f"benchmarks.gpu: {error}") from None
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if on_gpu else ["cpu"]
     results: dict[str, Any] = {"devices": names, "driver": driver_version(), "cuda": torch.version.cuda, "parts": {}}
     console, ends_s = Console(), time.monotonic() + 60 * options.minutes

@@ -6,6 +6,7 @@ python -m benchmarks.gpu_parts seeds RECIPE NUMBER
 
 import contextlib
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -15,8 +16,8 @@ import torch
 
 import mnist_dist
 from benchmarks.common import data_dir
-from mnist_dist.config.parse import parse_values, read_recipe
-from mnist_dist.distributed.launch_env import LaunchEnv
+from mnist_dist.config.parse import read_recipe
+from mnist_dist.distributed.launch_env import read_launch_env
 from mnist_dist.distributed.setup import init_distributed
 from mnist_dist.speed.measure import StepTask, draw_images
 from mnist_dist.speed.plan import Case
@@ -28,7 +29,7 @@ def measure_busy() -> list[dict[str, Any]]:
     """How long the GPU computes in a step, of the step's seconds, in the precision that it has by default."""
     rows: list[dict[str, Any]] = []
     config, _ = read_recipe("", {})
-    with init_distributed(config, LaunchEnv()) as world:
+    with init_distributed(config, read_launch_env(os.environ)) as world:
         if world.device.type != "cuda":
             raise SystemExit("there is no GPU to be busy")
         images = draw_images(world.device)
@@ -53,8 +54,7 @@ def train_seeds(recipe: str, number: int) -> list[dict[str, Any]]:
     rows = []
     for seed in range(number):
         with tempfile.TemporaryDirectory() as folder:
-            keys = {"seed": seed, "data_dir": data_dir(), "run_dir": f"{folder}/run"}
-            mnist_dist.train(recipe, **dict(parse_values(keys.items(), "here")))
+            mnist_dist.train(recipe, seed=seed, data_dir=data_dir(), run_dir=f"{folder}/run")
             done = json.loads(Path(folder, "run/DONE").read_text())
             rows.append({"recipe": recipe, "seed": seed, "seconds": done["seconds"], "test": 100 * done["accuracy"]})
     return rows

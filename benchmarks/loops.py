@@ -264,15 +264,14 @@ def main() -> None:
     loop, models, precisions, data_dir, *rest = sys.argv[1:]
     sizes = [int(size) for size in rest[0].split(",")] if rest else [0]  # 0: the tutorial's
     steps = int(rest[1]) if len(rest) > 1 else None
-    import torch
+    from mnist_dist.distributed.device import choose_device, set_arithmetic
+    from mnist_dist.distributed.launch_env import read_launch_env
 
-    from mnist_dist.distributed.device import set_arithmetic
-
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU") != "true"
+    device = choose_device(read_launch_env(os.environ)).type
     for model, precision, size in itertools.product(models.split(","), precisions.split(","), sizes):
         batch_size = size or BATCH_SIZE[model]
-        job = Job(model, precision, data_dir, batch_size, steps, "cuda" if on_gpu else "cpu")
-        if on_gpu:
+        job = Job(model, precision, data_dir, batch_size, steps, device)
+        if device == "cuda":
             set_arithmetic(precision, bit_exact=False)
             LOOPS[loop](replace(job, steps=10))
         seconds = LOOPS[loop](job)

@@ -6,7 +6,8 @@ python -m benchmarks.rank_accuracy configs/cnn.yaml [--ranks 1 2] [--json FILE] 
 import argparse
 import statistics
 
-from benchmarks.common import processor_name, show, train, write
+from benchmarks.common import show, train, write
+from mnist_dist.distributed.device import processor_name
 
 
 def main() -> None:

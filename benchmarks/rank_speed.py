@@ -8,7 +8,8 @@ Each round trains every case both ways for some seconds, in turn; the ratio is t
 import argparse
 import statistics
 
-from benchmarks.common import processor_name, train, write
+from benchmarks.common import train, write
+from mnist_dist.distributed.device import processor_name
 
 CASES = ["cnn:256", "mlp:2048", "mlp:64"]
 EPOCHS = {"cnn": 1, "mlp": 3}

@@ -21,8 +21,8 @@ import matplotlib as mpl
 import numpy as np
 
 from benchmarks.arithmetic import FLOP_PER_IMAGE
-from benchmarks.common import processor_name, train, write
-from mnist_dist.distributed.device import usable_cores
+from benchmarks.common import train, write
+from mnist_dist.distributed.device import processor_name, usable_cores
 from mnist_dist.models import build_model, num_parameters
 
 BATCHES = {"mlp": (64, 512, 4096), "cnn": (64, 256, 1024)}

@@ -14,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import REPOSITORY, data_dir, processor_name, write
+from benchmarks.common import REPOSITORY, data_dir, write
+from mnist_dist.distributed.device import processor_name
 
 
 def whole(*arguments: str) -> float:

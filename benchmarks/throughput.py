@@ -12,8 +12,9 @@ import json
 import statistics
 import sys
 
-from benchmarks.common import REPOSITORY, data_dir, processor_name, run, train, write
+from benchmarks.common import REPOSITORY, data_dir, run, train, write
 from benchmarks.loops import LOOPS
+from mnist_dist.distributed.device import processor_name
 
 ONLY_FP32 = ("tutorial", "example", "keras_torch", "keras_jax")
 

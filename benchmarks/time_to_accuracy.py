@@ -9,8 +9,9 @@ so that both see the same machine; the ten epochs are summed. The recipes were t
 import argparse
 import statistics
 
-from benchmarks.common import processor_name, show, train, write
+from benchmarks.common import show, train, write
 from benchmarks.throughput import other
+from mnist_dist.distributed.device import processor_name
 
 RECIPES = ["configs/cnn-fast.yaml", "configs/cnn.yaml"]
 TUTORIAL_EPOCHS = 10

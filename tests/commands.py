@@ -10,17 +10,8 @@ from mnist_dist.distributed.launch_env import LaunchEnv
 from tests.conftest import REPOSITORY
 
 OUR_PROGRAMS = ("train.py", "launch/local.sh", "launch/node.sh", "slurm/train.sh", "mnist-dist", "-m mnist_dist")
-OTHERS = (
-    "apptainer",
-    "cp",
-    "docker",
-    "export",
-    "git",
-    "kubectl",
-    "pip",
-    "pytest",
-    "touch",
-)  # their arguments are theirs
+# Their arguments are theirs.
+OTHERS = ("apptainer", "cp", "docker", "export", "git", "kubectl", "pip", "pytest", "touch")
 _PROGRAM = re.compile(rf"(?:^|[ /])({'|'.join(map(re.escape, OUR_PROGRAMS))})(?= |$)")
 
 

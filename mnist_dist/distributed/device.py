@@ -127,6 +127,16 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return " ".join([*words, torch.backends.cpu.get_cpu_capability()])
 
 
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor as its maker calls it, and how many cores the machine has."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.machine()}, {os.cpu_count()} cores"
+
+
 def tune_cpu() -> None:
     """Set two things of this process that training on a CPU gains by (docs/LOG.md); before torch has made its threads.
 

@@ -1,15 +1,12 @@
 """What was measured as one JSON object: each figure with its median, quartiles and values."""
 
-import os
-import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mnist_dist.config.schema import Config
-from mnist_dist.distributed.device import nccl_version
+from mnist_dist.distributed.device import nccl_version, processor_name
 from mnist_dist.distributed.world import World
 from mnist_dist.speed.figures import bus_bandwidth, karp_flatt, spread, strong_efficiency, weak_efficiency
 from mnist_dist.speed.measure import PARTS, Samples, StepTask
@@ -81,16 +78,6 @@ def describe_versions(world: World) -> dict[str, Any]:
     return versions
 
 
-def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor as its maker calls it, and how many cores the machine has."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{name or platform.machine()}, {os.cpu_count()} cores"
-
-
 def summarize_step(case: Case, samples: Samples) -> dict[str, Any]:
     """One case: seconds of a step, images a second, and the parts of a step."""
     whole, timed = samples.steps[case], samples.parts[case]
@@ -110,37 +97,43 @@ def summarize_step(case: Case, samples: Samples) -> dict[str, Any]:
 def list_strong(samples: Samples, plan: Plan) -> list[dict[str, Any]]:
     """Several ranks against one, with the same global batch, compared round by round."""
     rows = []
-    for model, sizes in plan.batch_sizes.items():
-        for size in sizes:
-            for ranks in plan.world_sizes[1:]:
-                one, many = (samples.steps.get(Case(model, size, n, plan.threads)) for n in (1, ranks))
-                if not one or not many:
-                    continue
-                pairs = list(zip(one.seconds, many.seconds, strict=True))
-                row = {
-                    "speed_up": [a / b for a, b in pairs],
-                    "efficiency": [strong_efficiency(a, b, ranks) for a, b in pairs],
-                    "serial_fraction": [karp_flatt(a / b, ranks) for a, b in pairs],
-                }
-                place = {"model": model, "batch_size": size, "ranks": ranks, "threads": plan.threads}
-                rows.append(place | {name: spread(values)._asdict() for name, values in row.items()})
+    for model, size, ranks in list_scaled(plan):
+        pairs = pair_rounds(samples, Case(model, size, 1, plan.threads), Case(model, size, ranks, plan.threads))
+        if not pairs:
+            continue
+        row = {
+            "speed_up": [a / b for a, b in pairs],
+            "efficiency": [strong_efficiency(a, b, ranks) for a, b in pairs],
+            "serial_fraction": [karp_flatt(a / b, ranks) for a, b in pairs],
+        }
+        place = {"model": model, "batch_size": size, "ranks": ranks, "threads": plan.threads}
+        rows.append(place | {name: spread(values)._asdict() for name, values in row.items()})
     return rows
 
 
 def list_weak(samples: Samples, plan: Plan) -> list[dict[str, Any]]:
     """Several ranks against one, with the same batch a rank."""
     rows = []
-    for model, sizes in plan.batch_sizes.items():
-        for size in sizes:
-            for ranks in plan.world_sizes[1:]:
-                one = samples.steps.get(Case(model, size, 1, plan.threads))
-                many = samples.steps.get(Case(model, size * ranks, ranks, plan.threads))
-                if not one or not many:
-                    continue
-                values = [weak_efficiency(a, b) for a, b in zip(one.seconds, many.seconds, strict=True)]
-                place = {"model": model, "batch_size_a_rank": size, "ranks": ranks, "threads": plan.threads}
-                rows.append(place | {"efficiency": spread(values)._asdict()})
+    for model, size, ranks in list_scaled(plan):
+        pairs = pair_rounds(samples, Case(model, size, 1, plan.threads), Case(model, size * ranks, ranks, plan.threads))
+        if not pairs:
+            continue
+        values = [weak_efficiency(a, b) for a, b in pairs]
+        place = {"model": model, "batch_size_a_rank": size, "ranks": ranks, "threads": plan.threads}
+        rows.append(place | {"efficiency": spread(values)._asdict()})
     return rows
+
+
+def list_scaled(plan: Plan) -> list[tuple[str, int, int]]:
+    """Network, batch size and number of ranks of each comparison with one rank."""
+    cases = [(model, size) for model, sizes in plan.batch_sizes.items() for size in sizes]
+    return [(model, size, ranks) for model, size in cases for ranks in plan.world_sizes[1:]]
+
+
+def pair_rounds(samples: Samples, one: Case, many: Case) -> list[tuple[float, float]]:
+    """Seconds of a step of two cases, round by round; none where one of them was left out."""
+    series = [samples.steps.get(case) for case in (one, many)]
+    return list(zip(*(found.seconds for found in series if found), strict=True)) if all(series) else []
 
 
 def list_exchanges(samples: Samples) -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from mnist_dist.distributed.launch_env import read_launch_env
 from tests.conftest import FORKS, Result, become, has_steps, losses, metrics, start_ranks, wait_for, wait_ranks
 
-ON_CPU = os.environ.get("ACCELERATE_USE_CPU") == "true"
+ON_CPU = read_launch_env(os.environ).use_cpu
 NUM_GPUS = 0 if ON_CPU else torch.cuda.device_count()
 HARD = ["shift=1", "elastic=1", "ema=0.9", "clip_grad_norm=1", "label_smoothing=0.1"]
 CAPTURE_NOTE = "could not be captured"
@@ -34,15 +35,14 @@ def run(
     """Train on the drawn digits, into the folder `run`, with each step's loss in the records."""
     folder.mkdir(exist_ok=True)
     log = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
-    ranks = start(folder, data_dir, log, arguments, world_size=world_size, target=target)
+    ranks = start(data_dir, log, arguments, world_size=world_size, target=target)
     return wait_ranks(ranks, log, timeout_s=180)
 
 
-def start(folder: Path, data_dir: Path, log: Path, arguments: Sequence[object], **options: Any) -> Any:
-    """Start the ranks of `run`."""
+def start(data_dir: Path, log: Path, arguments: Sequence[object], *, use_cpu: bool = ON_CPU, **options: Any) -> Any:
+    """Start the ranks of `run`, in the folder of `log`."""
     place = ["dataset=synthetic", f"data_dir={data_dir}", "run_dir=run", "log_every_steps=1", "batch_size=128"]
-    use_cpu = "true" if ON_CPU else "false"
-    return start_ranks([*place, *arguments], folder / log, ACCELERATE_USE_CPU=use_cpu, **options)
+    return start_ranks([*place, *arguments], log, ACCELERATE_USE_CPU="true" if use_cpu else "false", **options)
 
 
 def sha256(folder: Path) -> str:
@@ -94,11 +94,10 @@ def test_it_learns_as_on_the_cpu(model: str, precision: str, data_dir: Path, tmp
         pytest.skip("fp16 is for GPUs")
     result = run(tmp_path / "here", data_dir, f"model={model}", f"precision={precision}", "epochs=8")
     assert result.code == 0, result.output
-    log = tmp_path / "cpu.txt"
-    arguments = ["dataset=synthetic", f"data_dir={data_dir}", "run_dir=cpu", "log_every_steps=1", "batch_size=128"]
-    arguments += [f"model={model}", "precision=fp32", "epochs=8"]
-    assert wait_ranks(start_ranks(arguments, log, ACCELERATE_USE_CPU="true"), log).code == 0
-    here, on_cpu = losses(tmp_path / "here/run"), losses(tmp_path / "cpu")
+    log = tmp_path / "output.txt"
+    ranks = start(data_dir, log, [f"model={model}", "precision=fp32", "epochs=8"], use_cpu=True)
+    assert wait_ranks(ranks, log).code == 0
+    here, on_cpu = losses(tmp_path / "here/run"), losses(tmp_path / "run")
     assert here[:4] == pytest.approx(on_cpu[:4], rel=1e-4 if precision == "fp32" else 0.03)
     assert here[-1] < here[0] / 2
 
@@ -107,7 +106,7 @@ def test_a_run_that_was_cut_goes_on_with_the_same_bits(data_dir: Path, tmp_path:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run(whole, data_dir, "model=cnn", "epochs=6", *HARD).code == 0
     cut.mkdir()
-    (rank,) = start(cut, data_dir, cut / "output-0.txt", ["model=cnn", "epochs=6", "keep=2", *HARD])
+    (rank,) = start(data_dir, cut / "output-0.txt", ["model=cnn", "epochs=6", *HARD])
     wait_for(has_steps(cut / "run", 20))
     os.kill(rank.pid, signal.SIGKILL)
     rank.join()
@@ -118,7 +117,7 @@ def test_a_run_that_was_cut_goes_on_with_the_same_bits(data_dir: Path, tmp_path:
 
 def test_the_weights_classify_the_same_on_the_cpu(data_dir: Path, tmp_path: Path) -> None:
     assert run(tmp_path, data_dir, "model=cnn", "precision=bf16", "epochs=6").code == 0
-    (evaluated, *_) = metrics(tmp_path / "run", "eval")[::-1]
+    evaluated = metrics(tmp_path / "run", "eval")[-1]
     from mnist_dist.api import predict  # on the CPU
     from mnist_dist.data.dataset import load_dataset
 
@@ -174,7 +173,7 @@ def test_bit_exact_on_two_gpus_has_the_bits_of_one(model: str, data_dir: Path, t
 @two_gpus
 def test_a_lost_rank_is_named(data_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / "output-0.txt"
-    ranks = start(tmp_path, data_dir, log, ["model=mlp", "epochs=100000", "timeout_s=20"], world_size=2)
+    ranks = start(data_dir, log, ["model=mlp", "epochs=100000", "timeout_s=20"], world_size=2)
     try:
         wait_for(has_steps(tmp_path / "run", 200))
         os.kill(ranks[1].pid, signal.SIGKILL)
