@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mnist_dist.api import quieten_libraries, start_training
 from mnist_dist.config.parse import describe_keys, load_config
@@ -21,18 +22,6 @@ from mnist_dist.distributed.launch_env import LaunchEnv, read_launch_env
 from mnist_dist.errors import JobError, RequestError, RunError
 from mnist_dist.versions import VERSION
 
-VERBS = {
-    "train": "train a network",
-    "doctor": "can this set-up train at all? checks hosts, network, devices and folders, with all ranks",
-    "verify": "does it train right? compares bits: each rank alone, all together, again, resumed; plants faults",
-    "bench": "how fast does it train, and how does it scale? times the real step on 1, 2, 4 ... ranks",
-    "evaluate": "exact loss, accuracy and confusion matrix of a run, a checkpoint or a file of weights",
-    "report": "a run on one page of HTML: figures, curves, mistakes; of several runs, how they compare",
-    "predict": "which digit a picture shows: a photo, a scan, a drawing",
-    "export": "write a run's network as one file: ONNX, torch.export or safetensors",
-    "schema": "print the JSON schema of a recipe, for editors",
-    "fetch": "bring a dataset to this machine, so that training needs no network",
-}
 RANKED = ("train", "doctor", "verify", "bench")  # the verbs that a launcher starts once a rank
 WITH_VERDICT = ("doctor", "verify")  # those of them whose exit code 1 is a verdict, and no failure of a rank
 EXAMPLES = """\
@@ -46,6 +35,81 @@ examples:
 """
 
 
+class Verb(NamedTuple):
+    """What `--help` says of a verb."""
+
+    text: str
+    usage: str = ""  # behind [-h]
+    epilog: str = ""
+
+
+VERBS = {
+    "train": Verb(
+        "train a network", "[--dry-run] [RECIPE] [key=value ...]", "RECIPE is a .yaml file, or the name of one of ours."
+    ),
+    "doctor": Verb(
+        "can this set-up train at all? checks hosts, network, devices and folders, with all ranks",
+        "[--json] [RECIPE] [key=value ...]",
+        "Start it as training is started: launch/local.sh doctor, launch/node.sh doctor, sbatch slurm/train.sh "
+        "doctor.\n"
+        "The request is training's; data_dir, dataset and run_dir are looked at. Exit code 1 where a check failed.",
+    ),
+    "verify": Verb(
+        "does it train right? compares bits: each rank alone, all together, again, resumed; plants faults",
+        "[--json] [--plant] [seed=N] [precision=...]",
+        "Start it as training is started: launch/local.sh verify, launch/node.sh verify, sbatch slurm/train.sh "
+        "verify.\nIt trains both networks on drawn digits. Exit code 1 where something differs.",
+    ),
+    "bench": Verb(
+        "how fast does it train, and how does it scale? times the real step on 1, 2, 4 ... ranks",
+        "[--json] [--output FILE] [--against FILE] [RECIPE] [key=value ...]",
+        "Started alone it starts the ranks of this machine itself: one a GPU, or one a CPU core. Under a launcher,\n"
+        "as NPROC=2 launch/local.sh bench or sbatch slurm/train.sh bench, its ranks are the largest world.\n"
+        "It trains on drawn digits: both networks at several batch sizes, or those that the request names.\n\n"
+        "next: mnist-dist bench --output now.json --against before.json",
+    ),
+    "evaluate": Verb(
+        "exact loss, accuracy and confusion matrix of a run, a checkpoint or a file of weights",
+        "[--json] RUN [key=value ...]",
+        "RUN is a run's folder, a checkpoint's, or a file of weights (.safetensors, .pt, .pth).\n"
+        "keys: dataset, data_dir, validation, threads",
+    ),
+    "report": Verb(
+        "a run on one page of HTML: figures, curves, mistakes; of several runs, how they compare",
+        "[-o FILE] RUN [RUN ...]",
+        "RUN is a run's folder. Nothing is fetched: the dataset is used where it is there.",
+    ),
+    "predict": Verb(
+        "which digit a picture shows: a photo, a scan, a drawing",
+        "[--json | --show] RUN IMAGE ...",
+        "RUN is what `evaluate` takes. IMAGE is a file (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM), a folder of them, or -\n"
+        "for the standard input: one digit, upright, in any size and colours, on a background without lines.\n"
+        "Exit codes: 0; 1 where some of several pictures cannot be read; 2 where none can.\n\n"
+        "next: mnist-dist predict --show RUN IMAGE draws what the network saw",
+    ),
+    "export": Verb(
+        "write a run's network as one file: ONNX, torch.export or safetensors",
+        "--to {onnx,torch-export,safetensors} RUN FILE",
+        "RUN is what `evaluate` takes. FILE is replaced if it is there.\n"
+        "onnx and torch-export: images uint8 [n, 28, 28] in, ink 255 on 0, for any n; probabilities float32 [n, 10]\n"
+        "out. Before FILE is written, its predictions are compared with torch's on the run's images.\n"
+        "safetensors: the weights alone, by the names that the tutorials' own classes have.\n\n"
+        "next: mnist-dist export --to onnx runs/latest digits.onnx",
+    ),
+    "schema": Verb(
+        "print the JSON schema of a recipe, for editors",
+        epilog="With `# yaml-language-server: $schema=schema.json` as its first line, a recipe is completed and "
+        "checked in\neditors that know the YAML language server. Our recipes have it.\n\n"
+        "next: mnist-dist schema > schema.json, beside a recipe of your own",
+    ),
+    "fetch": Verb(
+        "bring a dataset to this machine, so that training needs no network",
+        "[DATASET] [key=value ...]",
+        "keys: dataset, data_dir, mirror",
+    ),
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         raise RequestError(f"{message}; {self.prog} --help shows what there is")
@@ -57,16 +121,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mnist-dist", description=__doc__.splitlines()[0], epilog=EXAMPLES, formatter_class=plain)
     parser.add_argument("--version", action="version", version=f"mnist-dist {VERSION}")
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
-    verbs = {
-        verb: subparsers.add_parser(verb, help=text, description=text, formatter_class=plain, allow_abbrev=False)
-        for verb, text in VERBS.items()
-    }
+    verbs = {}
+    for verb, (text, usage, epilog) in VERBS.items():
+        verbs[verb] = subparsers.add_parser(
+            verb, help=text, description=text, epilog=epilog, formatter_class=plain, allow_abbrev=False
+        )
+        if usage:
+            verbs[verb].usage = f"%(prog)s [-h] {usage}"
     train = verbs["train"]
-    train.usage = "%(prog)s [-h] [--dry-run] [RECIPE] [key=value ...]"
-    train.epilog = (
-        "RECIPE is a .yaml file, or the name of one of ours.\n\nconfiguration keys, with their defaults:\n"
-        f"{describe_keys()}\n\n{EXAMPLES}"
-    )
+    train.epilog = f"{train.epilog}\n\nconfiguration keys, with their defaults:\n{describe_keys()}\n\n{EXAMPLES}"
     train.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the plan, and stop")
     for verb in RANKED:
         verbs[verb].add_argument(
@@ -74,77 +137,24 @@ def make_parser() -> argparse.ArgumentParser:
             action="store_true",
             help="only check the arguments, at once; print the recipe's name, run_dir and timeout_s",
         )
-    doctor = verbs["doctor"]
-    doctor.usage = "%(prog)s [-h] [--json] [RECIPE] [key=value ...]"
-    doctor.epilog = (
-        "Start it as training is started: launch/local.sh doctor, launch/node.sh doctor, sbatch slurm/train.sh "
-        "doctor.\n"
-        "The request is training's; data_dir, dataset and run_dir are looked at. Exit code 1 where a check failed."
-    )
-    verify = verbs["verify"]
-    verify.usage = "%(prog)s [-h] [--json] [--plant] [seed=N] [precision=...]"
-    verify.epilog = (
-        "Start it as training is started: launch/local.sh verify, launch/node.sh verify, sbatch slurm/train.sh "
-        "verify.\nIt trains both networks on drawn digits. Exit code 1 where something differs."
-    )
     bench = verbs["bench"]
-    bench.usage = "%(prog)s [-h] [--json] [--output FILE] [--against FILE] [RECIPE] [key=value ...]"
-    bench.epilog = (
-        "Started alone it starts the ranks of this machine itself: one a GPU, or one a CPU core. Under a launcher,\n"
-        "as NPROC=2 launch/local.sh bench or sbatch slurm/train.sh bench, its ranks are the largest world.\n"
-        "It trains on drawn digits: both networks at several batch sizes, or those that the request names.\n\n"
-        "next: mnist-dist bench --output now.json --against before.json"
-    )
     bench.add_argument("--output", metavar="FILE", help="write everything there as JSON, and a plot beside it as PNG")
     bench.add_argument("--against", metavar="FILE", help="what has changed since an earlier --output")
-    for ranked in (doctor, verify, bench):
-        ranked.add_argument("--json", action="store_true", help="print one JSON object with everything")
-    verify.add_argument("--plant", action="store_true", help="only plant faults, each several times")
-    evaluate = verbs["evaluate"]
-    evaluate.usage = "%(prog)s [-h] [--json] RUN [key=value ...]"
-    evaluate.epilog = (
-        "RUN is a run's folder, a checkpoint's, or a file of weights (.safetensors, .pt, .pth).\n"
-        "keys: dataset, data_dir, validation, threads"
-    )
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    report = verbs["report"]
-    report.usage = "%(prog)s [-h] [-o FILE] RUN [RUN ...]"
-    report.epilog = "RUN is a run's folder. Nothing is fetched: the dataset is used where it is there."
-    report.add_argument(
+    for verb in ("doctor", "verify", "bench"):
+        verbs[verb].add_argument("--json", action="store_true", help="print one JSON object with everything")
+    verbs["verify"].add_argument("--plant", action="store_true", help="only plant faults, each several times")
+    verbs["evaluate"].add_argument("--json", action="store_true", help="print one JSON object")
+    verbs["report"].add_argument(
         "-o",
         "--output",
         metavar="FILE",
         help="where to write the page (default: RUN/report.html; of several runs, comparison.html beside the first)",
     )
-    predict = verbs["predict"]
-    predict.usage = "%(prog)s [-h] [--json | --show] RUN IMAGE ..."
-    predict.epilog = (
-        "RUN is what `evaluate` takes. IMAGE is a file (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM), a folder of them, or -\n"
-        "for the standard input: one digit, upright, in any size and colours, on a background without lines.\n"
-        "Exit codes: 0; 1 where some of several pictures cannot be read; 2 where none can.\n\n"
-        "next: mnist-dist predict --show RUN IMAGE draws what the network saw"
-    )
-    form = predict.add_mutually_exclusive_group()
+    form = verbs["predict"].add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object a picture, with all ten probabilities")
     form.add_argument("--show", action="store_true", help="draw what the network saw, 28 x 28 pixels")
-    export = verbs["export"]
-    export.usage = "%(prog)s [-h] --to {onnx,torch-export,safetensors} RUN FILE"
-    export.epilog = (
-        "RUN is what `evaluate` takes. FILE is replaced if it is there.\n"
-        "onnx and torch-export: images uint8 [n, 28, 28] in, ink 255 on 0, for any n; probabilities float32 [n, 10]\n"
-        "out. Before FILE is written, its predictions are compared with torch's on the run's images.\n"
-        "safetensors: the weights alone, by the names that the tutorials' own classes have.\n\n"
-        "next: mnist-dist export --to onnx runs/latest digits.onnx"
-    )
-    export.add_argument("--to", required=True, choices=("onnx", "torch-export", "safetensors"), help="the format")
-    verbs["schema"].epilog = (
-        "With `# yaml-language-server: $schema=schema.json` as its first line, a recipe is completed and checked in\n"
-        "editors that know the YAML language server. Our recipes have it.\n\n"
-        "next: mnist-dist schema > schema.json, beside a recipe of your own"
-    )
-    fetch = verbs["fetch"]
-    fetch.usage = "%(prog)s [-h] [DATASET] [key=value ...]"
-    fetch.epilog = "keys: dataset, data_dir, mirror"
+    formats = ("onnx", "torch-export", "safetensors")
+    verbs["export"].add_argument("--to", required=True, choices=formats, help="the format")
     return parser
 
 

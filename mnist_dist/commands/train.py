@@ -31,12 +31,12 @@ from mnist_dist.errors import (
 )
 from mnist_dist.files import write_atomically
 from mnist_dist.models import build_model, num_parameters
+from mnist_dist.report.announce import check_record, describe, finish, say_jump, say_stopped
 from mnist_dist.run import checkpoint, resume, run_dir, stop
 from mnist_dist.run.checkpoint import Checkpoint
 from mnist_dist.run.logger import Logger, NullLogger, warn
 from mnist_dist.run.run_dir import Lock, RunDir
 from mnist_dist.run.trackers import check_trackers, finish_trackers, start_trackers
-from mnist_dist.training.announce import check_record, describe, finish, say_jump, say_stopped
 from mnist_dist.training.trainer import Trainer
 
 

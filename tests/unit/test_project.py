@@ -1,6 +1,9 @@
-"""What surrounds the code: README, CONTRIBUTING, CHANGELOG, CITATION.cff and constraints.txt agree with it."""
+"""README, CONTRIBUTING, CHANGELOG, CITATION.cff and constraints.txt agree with the code; the code is short."""
 
+import ast
+import io
 import re
+import tokenize
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -132,3 +135,31 @@ def test_the_short_comparison_in_the_readme_says_what_the_long_one_says() -> Non
     for line in text.splitlines():
         if line.startswith("|"):
             assert not re.search(r"\| (?:yes|no|option)[^\[|]*\|", line), f"a mark without a source: {line}"
+
+
+def code_lines(path: Path) -> set[int]:
+    """The lines that are neither blank nor a comment nor a docstring."""
+    text = path.read_text()
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in layout]
+    lines = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            lines -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return lines
+
+
+def test_the_core_is_read_in_a_quarter_of_an_hour() -> None:
+    house = REPOSITORY / "mnist_dist"
+    core = [*(house / "training").glob("*.py"), house / "data" / "sampler.py", house / "models.py"]
+    assert sum(len(code_lines(path)) for path in core) <= 750
+
+
+def test_no_function_is_longer_than_60_lines() -> None:
+    lengths = {
+        f"{path.name}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for path in [REPOSITORY / "train.py", *(REPOSITORY / "mnist_dist").rglob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert not {name: length for name, length in lengths.items() if length > 60}

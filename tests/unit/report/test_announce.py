@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from mnist_dist.distributed.world import Member, World
-from mnist_dist.training.announce import describe_gpus
+from mnist_dist.report.announce import describe_gpus
 
 
 def world(*members: Member) -> World:
