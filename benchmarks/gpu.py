@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu [--output docs/gpu-results.json] [--minutes 9] [--only PART ...]
 
-Each part is a process of its own that may take a limited time: what fails or hangs there costs its own figures alone,
-and its last words stand in their place. The file is written anew after each part. The images are those of
-MNIST_DIST_DATA_DIR, or data/: MNIST as `mnist-dist fetch` leaves it, for other loops as torchvision does. With
-ACCELERATE_USE_CPU=true everything runs on the CPU, to rehearse.
+Each part is a process of its own that may take a limited time: what fails or hangs there costs its own figures alone.
+Those that it had printed are kept, and its last words stand beside them. The file is written anew after each part. The
+images are those of MNIST_DIST_DATA_DIR, or data/: MNIST as `mnist-dist fetch` leaves it, for other loops as torchvision
+does. With ACCELERATE_USE_CPU=true everything runs on the CPU, to rehearse.
 """
 
 import argparse
@@ -38,7 +38,17 @@ NUM_SEEDS = 30
 
 
 class PartError(Exception):
-    """Why a part has no figures, in words."""
+    """Why a part is not whole, in words."""
+
+    def __init__(self, reason: str, output: str = "") -> None:
+        """`output` is what it had printed."""
+        super().__init__(reason)
+        self.rows = parse_rows(output)
+
+
+def parse_rows(output: str) -> Rows:
+    """The rows that a part has printed, each a JSON object on a line of its own, among other lines."""
+    return [json.loads(line) for line in output.splitlines(keepends=True) if line[0] == "{" and line.endswith("}\n")]
 
 
 class Part(NamedTuple):
@@ -67,12 +77,9 @@ def call(limit_s: float, *arguments: str) -> str:
         for stream in (output, errors):
             stream.seek(0)
             said.append(stream.read())
-    if code:
-        raise PartError(f"exit code {code}: {' / '.join((said[0] + said[1]).strip().splitlines()[-6:])}")
-    if code is None:
-        raise PartError(
-            f"it took more than {limit_s:.0f} s: {' / '.join((said[0] + said[1]).strip().splitlines()[-6:])}"
-        )
+    if code != 0:
+        what = f"it took more than {limit_s:.0f} s" if code is None else f"exit code {code}"
+        raise PartError(f"{what}: {' / '.join((said[0] + said[1]).strip().splitlines()[-6:])}", said[0])
     return said[0]
 
 
@@ -128,19 +135,13 @@ def run_bench(*arguments: str) -> Callable[[float], Rows]:
 
 def run_loop(loop: str) -> Callable[[float], Rows]:
     """Another way to train the same networks."""
-
-    def run(limit_s: float) -> Rows:
-        arguments = [loop, "mlp,cnn", OTHERS[loop], data_dir(), BATCH_SIZES, LOOP_STEPS]
-        lines = call(limit_s, "-m", "benchmarks.loops", *arguments).splitlines()
-        rows: Rows = [json.loads(line) for line in lines if line.startswith("{")]
-        return [row | {"images_per_s": row["images"] / row["seconds"]} for row in rows]
-
-    return run
+    arguments = (loop, "mlp,cnn", OTHERS[loop], data_dir(), BATCH_SIZES, LOOP_STEPS)
+    return lambda limit_s: parse_rows(call(limit_s, "-m", "benchmarks.loops", *arguments))
 
 
 def run_measurement(*arguments: str) -> Callable[[float], Rows]:
     """One of benchmarks.gpu_parts."""
-    return lambda limit_s: json.loads(call(limit_s, "-m", "benchmarks.gpu_parts", *arguments))
+    return lambda limit_s: parse_rows(call(limit_s, "-m", "benchmarks.gpu_parts", *arguments))
 
 
 def list_parts() -> list[Part]:
@@ -233,7 +234,9 @@ def main() -> None:
         else:
             try:
                 rows = part.run(limit_s)
-            except (PartError, OSError, ValueError, KeyError) as error:
+            except PartError as error:
+                problem, rows = str(error), error.rows
+            except (OSError, ValueError, KeyError) as error:
                 problem = str(error) or type(error).__name__
         took_s = time.monotonic() - began_s
         results["parts"][part.name] = {"seconds": took_s, "problem": problem, "rows": rows}

@@ -1,4 +1,4 @@
-"""Two measurements of benchmarks.gpu that need a process of their own; each prints one JSON list.
+"""Two measurements of benchmarks.gpu that need a process of their own; each prints a JSON object a row, as it comes.
 
 python -m benchmarks.gpu_parts busy
 python -m benchmarks.gpu_parts seeds RECIPE NUMBER
@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ from mnist_dist.speed.plan import Case
 NUM_TIMED, NUM_PROFILED = 300, 100  # steps
 
 
-def measure_busy() -> list[dict[str, Any]]:
+def measure_busy() -> Iterator[dict[str, Any]]:
     """How long the GPU computes in a step, of the step's seconds, in the precision that it has by default."""
-    rows: list[dict[str, Any]] = []
     config, _ = read_recipe("", {})
     with init_distributed(config, read_launch_env(os.environ)) as world:
         if world.device.type != "cuda":
@@ -45,27 +45,26 @@ def measure_busy() -> list[dict[str, Any]]:
                 kernel_s = kernel_us / 1e6 / (NUM_PROFILED + 1)
                 row = {"model": model, "batch_size": batch_size, "precision": world.precision, "notes": notes}
                 times = {"step_s": step_s, "kernels_s": kernel_s, "busy": kernel_s / step_s}
-                rows.append(row | {"is_cuda_graph": task.is_replayed} | times)
-    return rows
+                yield row | {"is_cuda_graph": task.is_replayed} | times
 
 
-def train_seeds(recipe: str, number: int) -> list[dict[str, Any]]:
+def train_seeds(recipe: str, number: int) -> Iterator[dict[str, Any]]:
     """Train a recipe with so many seeds, in this process: the first also starts the GPU."""
-    rows = []
     for seed in range(number):
         with tempfile.TemporaryDirectory() as folder:
             mnist_dist.train(recipe, seed=seed, data_dir=data_dir(), run_dir=f"{folder}/run")
             done = json.loads(Path(folder, "run/DONE").read_text())
-            rows.append({"recipe": recipe, "seed": seed, "seconds": done["seconds"], "test": 100 * done["accuracy"]})
-    return rows
+            yield {"recipe": recipe, "seed": seed, "seconds": done["seconds"], "test": 100 * done["accuracy"]}
 
 
 def main() -> None:
     """Run one of them."""
     part, *arguments = sys.argv[1:]
+    rows = measure_busy() if part == "busy" else train_seeds(arguments[0], int(arguments[1]))
+    output = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
-        rows = measure_busy() if part == "busy" else train_seeds(arguments[0], int(arguments[1]))
-    print(json.dumps(rows))
+        for row in rows:
+            print(json.dumps(row), file=output, flush=True)
 
 
 if __name__ == "__main__":

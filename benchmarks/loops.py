@@ -278,7 +278,8 @@ def main() -> None:
         num_steps = steps and min(steps, -(-NUM_IMAGES // batch_size))
         images = min(num_steps * batch_size, NUM_IMAGES) if num_steps else NUM_IMAGES
         case = {"model": model, "precision": precision, "batch_size": batch_size, "device": job.device}
-        print(json.dumps({**case, "seconds": seconds, "images": images}), flush=True)
+        figures = {"seconds": seconds, "images": images, "images_per_s": images / seconds}
+        print(json.dumps(case | figures), flush=True)
 
 
 if __name__ == "__main__":
