@@ -6,6 +6,7 @@
     │   └── DownloadError  2  the dataset is not here and could not be brought here
     └── RunError           1  the run cannot go on, through no fault of the request
         ├── StorageError   1  a file could not be written
+        ├── RankLostError  1  a rank was lost while the ranks were joining
         ├── NotFiniteError 1  the loss, or a weight, is not a number any more
         └── ReplicaError   1  the ranks hold different weights
 
@@ -53,6 +54,12 @@ class StorageError(RunError):
     """A file could not be written."""
 
     cause = "storage"
+
+
+class RankLostError(RunError):
+    """A rank was lost while the ranks were joining; the watchdog says so from then on."""
+
+    cause = "rank_lost"
 
 
 class NotFiniteError(RunError):

@@ -3,6 +3,7 @@
 Every rank comes through here. Rank 0 alone touches the run directory; what it finds there the others hear from it.
 """
 
+import contextlib
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from mnist_dist.errors import (
     FINISHED,
     STOPPED,
     JobError,
+    RankLostError,
     RequestError,
     RunError,
     StoppedEarlyError,
@@ -45,8 +47,14 @@ def train(config: Config, recipe: str, env: LaunchEnv) -> tuple[int, Path]:
     tune_cpu()
     with stop.interruptible("fetching the dataset"):
         downloaded = download_once(config, env)
-    with stop.interruptible("waiting for the other ranks"):
-        meeting = meet_ranks(config, env)  # collective
+    try:
+        with stop.interruptible("waiting for the other ranks"):
+            meeting = meet_ranks(config, env)  # collective
+    except RankLostError as error:
+        record_early_failure(config, env, error)
+        raise
+    if meeting:
+        meeting.watchdog.on_verdict = lambda verdict: record_early_failure(config, env, verdict)
     with ExitStack() as stack, init_distributed(config, env, meeting) as world:  # collective
         with world.shared_errors():  # collective
             if isinstance(downloaded, JobError):
@@ -54,7 +62,7 @@ def train(config: Config, recipe: str, env: LaunchEnv) -> tuple[int, Path]:
             check_trackers(config.log_with)
         dataset = load_same_dataset(config, world, downloaded)  # collective
         with world.shared_errors():  # collective
-            start = open_run(config, recipe, env, stack) if world.is_main else None
+            start = open_run(config, recipe, env, world, stack) if world.is_main else None
         path, saved = world.broadcast((start.run_dir.path, start.saved) if start else None)  # collective
         bits = bits_depend_on(config, world)
         logger = start.logger if start else NullLogger()
@@ -84,13 +92,8 @@ def train(config: Config, recipe: str, env: LaunchEnv) -> tuple[int, Path]:
 def run_loop(trainer: Trainer) -> int:
     """Train, and record how it ended; the same exit codes. Collective. Raises RunError."""
     world, logger = trainer.world, trainer.logger
-
-    def record_failure(failure: Verdict | RunError) -> None:
-        reason = failure.sentence if isinstance(failure, Verdict) else str(failure)
-        logger.log_metrics("failed", step=trainer.state.step, cause=failure.cause, reason=reason)
-
     if world.watchdog:
-        world.watchdog.on_verdict = record_failure
+        world.watchdog.on_verdict = lambda verdict: record_failure(logger, trainer.state.step, verdict)
         world.watchdog.stack_file = trainer.run_dir.path / f"stack-rank-{world.rank}.txt"
     try:
         stopped_by = trainer.train()  # collective
@@ -101,13 +104,30 @@ def run_loop(trainer: Trainer) -> int:
             elif world.is_main:
                 finish(trainer)
     except RunError as error:
-        record_failure(error)
+        record_failure(logger, trainer.state.step, error)
         logger.log_line(str(error))  # the console hears it from cli.main
         raise
     finally:
         logger.stop_progress()
     finish_trackers(world)
     return STOPPED if stopped_by else FINISHED
+
+
+def record_failure(logger: NullLogger, step: int, failure: Verdict | RunError) -> None:
+    """The last line of metrics.jsonl, by whose `cause` scripts decide whether to start the run again."""
+    reason = failure.sentence if isinstance(failure, Verdict) else str(failure)
+    logger.log_metrics("failed", step=step, cause=failure.cause, reason=reason)
+
+
+def record_early_failure(config: Config, env: LaunchEnv, failure: Verdict | RunError) -> None:
+    """The same of ranks that were lost before the run directory was opened: if it is there and nobody runs in it."""
+    if env.rank or not (config.run_dir and config.run_dir.is_dir()):
+        return
+    folder = RunDir(config.run_dir)
+    with contextlib.suppress(JobError, OSError):
+        lock = Lock(folder)
+        record_failure(Logger(folder), checkpoint.newest_step(folder.checkpoints), failure)
+        lock.release()
 
 
 def download_once(config: Config, env: LaunchEnv) -> str | JobError | None:
@@ -164,7 +184,7 @@ class Start:
         return self.found.training if self.found else None
 
 
-def open_run(config: Config, recipe: str, env: LaunchEnv, stack: ExitStack) -> Start:
+def open_run(config: Config, recipe: str, env: LaunchEnv, world: World, stack: ExitStack) -> Start:
     """Make or find the run directory, lock it until `stack` ends, and see what is in it.
 
     Raises RequestError, StorageError, OSError.
@@ -175,6 +195,9 @@ def open_run(config: Config, recipe: str, env: LaunchEnv, stack: ExitStack) -> S
     if env.exit_code_file is None:  # our scripts, which leave such a file, do it before the ranks start
         stop.remove_stale(folder.stop)
     logger = Logger(folder)
+    if world.watchdog:
+        step = checkpoint.newest_step(folder.checkpoints)
+        world.watchdog.on_verdict = lambda verdict: record_failure(logger, step, verdict)
     checkpoint.check_writable(folder.checkpoints)
     checkpoint.sweep(folder.checkpoints)
     return Start(folder, logger, resume.find_start(config, folder, source, logger.info))

@@ -20,11 +20,12 @@ from mnist_dist.distributed.device import choose_device
 from mnist_dist.distributed.launch_env import LaunchEnv
 from mnist_dist.distributed.preflight import CONNECT_S, group_address, is_loopback, listen, time_lookup, try_peers
 from mnist_dist.distributed.watchdog import Watchdog
-from mnist_dist.errors import JobError, RequestError, RunError
+from mnist_dist.errors import JobError, RankLostError, RequestError, RunError
 from mnist_dist.versions import code_hash, library_versions
 
 SAY_EVERY_S = 5.0  # what is waited for
 SLOW_LOOKUP_S = 1.0  # of a name: more than that is said
+FIRST = "here"  # what the ranks agree on first; whoever does not come then has never been there
 HEARING_S = 3.0  # how long rank 0 waits for the others to hear that it is over
 
 
@@ -56,7 +57,7 @@ def meet_ranks(config: Config, env: LaunchEnv) -> Meeting | None:
     with listen(address or "127.0.0.1") as listener:
         place = [address, listener.getsockname()[1]]
         request = describe_request(config) | {"host": socket.gethostname(), "refusal": refusal, "address": place}
-        requests = agree(store, "here", request, refuse_difference, env, config.timeout_s)  # collective
+        requests = agree(store, FIRST, request, refuse_difference, env, config.timeout_s)  # collective
         hosts, addresses = [r["host"] for r in requests], [r["address"] for r in requests]
         failures = try_peers(env.rank, addresses)
         refuse = functools.partial(refuse_unreachable, hosts, addresses)
@@ -64,7 +65,7 @@ def meet_ranks(config: Config, env: LaunchEnv) -> Meeting | None:
     own_store = connect_store(env, config.timeout_s, hosting=False)
     watchdog = Watchdog(own_store, env.rank, hosts, config.timeout_s, hosted_by_rank_0=not env.launcher_hosts_store)
     if missing := await_keys(store, watchdog.keys(), config.timeout_s):
-        raise RunError(f"rank {env.rank} on {socket.gethostname()} lost these ranks at once: {', '.join(missing)}")
+        raise lost(missing)
     watchdog.start()
     return Meeting(store, watchdog)
 
@@ -153,12 +154,14 @@ def agree(
             values = [] if code else [json.loads(data) for data in store.multi_get(keys)]
             store.add(f"{name}/told", 1)
         except RuntimeError:
-            raise RunError(f"{me} lost rank 0, and its store, while the ranks were joining") from None
+            raise RankLostError(f"{me} lost rank 0, and its store, while the ranks were joining") from None
         if code:
             raise (RequestError if code == RequestError.exit_code else RunError)("rank 0 says it", on_every_rank=True)
         return values
     try:
         if missing := await_keys(store, keys, timeout_s):
+            if name != FIRST:
+                raise lost(missing)
             raise RunError(
                 f"of {env.world_size} ranks these did not come within {timeout_s:g} s (timeout_s): "
                 f"{', '.join(missing)}; look at their logs, and whether their machines reach this one"
@@ -173,6 +176,11 @@ def agree(
         raise
     store.set(f"{name}/answer", "0")
     return values
+
+
+def lost(ranks: list[str]) -> RankLostError:
+    """The error of the ranks that came, and then went."""
+    return RankLostError(f"these ranks were lost while the ranks were joining: {', '.join(ranks)}; look at their logs")
 
 
 def await_keys(store: dist.Store, keys: list[str], timeout_s: float) -> list[str]:

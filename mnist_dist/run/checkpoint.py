@@ -166,6 +166,11 @@ def read(path: Path, *, any_name: bool = False) -> Checkpoint:
     return Checkpoint(path, step, data[MODEL], data[TRAINING])
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, whole or not; 0 where there is none."""
+    return next((int(path.name.removeprefix(_PREFIX)) for path in _steps(folder)), 0)
+
+
 def check_writable(folder: Path) -> None:
     """Find out before training, not at the first save, that nothing can be written here. Raises StorageError."""
     try:

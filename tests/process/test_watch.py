@@ -1,8 +1,11 @@
 """A rank that dies or hangs is named, once, and the others end with it."""
 
 import functools
+import importlib
 import itertools
+import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -12,6 +15,7 @@ import pytest
 from torch import Tensor
 
 from mnist_dist.data.sampler import Batch
+from mnist_dist.run.run_dir import Lock, RunDir
 from tests.conftest import (
     Result,
     become,
@@ -142,20 +146,58 @@ def test_a_master_that_has_no_address_is_named(data_dir: Path, tmp_path: Path) -
     assert "cannot resolve MASTER_ADDR=no-such-host.invalid" in result.output
 
 
-def _die_while_joining(arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
-    """Be rank 1 of a run, and be killed after the ranks have met and before they are one group."""
+def _die(where: str, arguments: list[str], folder: Path, log: Path, environment: dict[str, str]) -> None:
+    """Be a rank of a run of which rank 1 is killed when it comes to a function, MODULE:NAME."""
     if environment["RANK"] == "1":
-        import mnist_dist.distributed.setup
-
-        mnist_dist.distributed.setup.init_process_group = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        module, _, name = where.partition(":")
+        setattr(importlib.import_module(module), name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     become(arguments, folder, log, environment)
 
 
-def test_a_rank_that_is_killed_while_joining_is_named(data_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "where",
+    [
+        "mnist_dist.distributed.rendezvous:try_peers",
+        "mnist_dist.distributed.rendezvous:Watchdog",
+        "mnist_dist.distributed.setup:init_process_group",
+        "mnist_dist.commands.train:load_same_dataset",
+        "mnist_dist.commands.train:bits_depend_on",
+        "mnist_dist.commands.train:run_loop",
+    ],
+)
+def test_a_rank_that_is_killed_while_starting_is_named_and_recorded(where: str, data_dir: Path, tmp_path: Path) -> None:
+    log, run_dir = tmp_path / "output.txt", tmp_path / "run"
+    run_dir.mkdir()  # as slurm/train.sh does
+    arguments, target = [*LONG, f"data_dir={data_dir}", "timeout_s=5"], functools.partial(_die, where)
+    first, second = start_ranks(arguments, log, world_size=2, target=target)
+    result = wait_ranks([first], log)
+    second.join()
+    assert result.code == 1
+    assert result.output.count("mnist-dist: ") == 1 + result.output.count("mnist-dist: waiting for rank 1")
+    (failed,) = metrics(run_dir, "failed")
+    assert failed["cause"] == "rank_lost"
+    assert failed["reason"] in result.output
+    assert re.search(r"rank 1 on |ranks were lost .*: 1;", failed["reason"])
+    assert (run_dir / "metrics.jsonl").read_text().splitlines()[-1] == json.dumps(failed)
+
+
+def test_ranks_that_are_lost_while_starting_leave_another_run_s_record_alone(data_dir: Path, tmp_path: Path) -> None:
+    log, run_dir = tmp_path / "output.txt", RunDir(tmp_path / "run")
+    lock = Lock(run_dir)
+    target = functools.partial(_die, "mnist_dist.distributed.setup:init_process_group")
+    first, second = start_ranks([*LONG, f"data_dir={data_dir}", "timeout_s=5"], log, world_size=2, target=target)
+    assert wait_ranks([first], log).code == 1
+    second.join()
+    lock.release()
+    assert not run_dir.metrics.exists()
+
+
+def test_ranks_that_are_lost_while_starting_make_no_run_directory(data_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / "output.txt"
-    first, second = start_ranks([*LONG, f"data_dir={data_dir}"], log, world_size=2, target=_die_while_joining)
+    target = functools.partial(_die, "mnist_dist.distributed.setup:init_process_group")
+    first, second = start_ranks([*LONG, f"data_dir={data_dir}", "timeout_s=5"], log, world_size=2, target=target)
     result = wait_ranks([first], log)
     second.join()
     assert result.code == 1
     assert f"rank 1 on {os.uname().nodename} does not answer" in result.output
-    assert result.output.count("mnist-dist: rank 1") == 1
+    assert not (tmp_path / "run").exists()
