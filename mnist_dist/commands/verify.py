@@ -38,7 +38,7 @@ NUM_TRAIN, NUM_TEST = 3000, 500  # 47 steps an epoch, the last one short
 EPOCHS = 2
 STOP_AFTER = 30  # steps: in the middle of an epoch
 PLANT_TRAIN, PLANT_TEST, PLANT_EPOCHS = 300, 100, 2  # 5 steps an epoch
-THOROUGH = 5  # how many times each fault is planted with --plant
+THOROUGH = 6  # how many times each fault is planted with --plant
 
 
 def run(options: argparse.Namespace, config: Config, env: LaunchEnv) -> int:
