@@ -147,6 +147,7 @@ def tune_cpu() -> None:
     allocated at each step, and each time the kernel would hand their pages out anew, zeroed. Only glibc has this.
     """
     torch.set_flush_denormal(True)
+    warnings.filterwarnings("ignore", message=".*smallest subnormal")  # numpy 1 says so, when matplotlib asks it
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         m_trim_threshold, m_mmap_threshold = -1, -3  # glibc's malloc.h
