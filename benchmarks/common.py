@@ -42,13 +42,13 @@ def run(command: list[str], environment: dict[str, str] | None = None) -> Ended:
         return Ended(process.returncode, output, errors.read(), usage.ru_maxrss * 1024)
 
 
-def train(arguments: list[str], ranks: int = 1) -> dict[str, Any]:
+def train(arguments: list[str], ranks: int = 1, repository: Path = REPOSITORY) -> dict[str, Any]:
     """Run the job as a user would, in a new run directory; returns DONE, with its records and peak memory.
 
-    Raises SystemExit with its output where it fails.
+    `repository` is where its code lies. Raises SystemExit with its output where it fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(REPOSITORY / "launch" / "local.sh"), *arguments]
+        command = [str(repository / "launch" / "local.sh"), *arguments]
         command += [f"data_dir={data_dir()}", f"run_dir={folder}/run"]
         environment = os.environ | {"NPROC": str(ranks), "PYTHON": sys.executable}
         ended = run(command, environment)
