@@ -51,9 +51,12 @@ class Config(BaseModel):
     max_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="end after this many steps, the schedule with it; 0: no limit"
     )
-    optimizer: Literal["adam", "adamw", "sgd"] = Field("adamw", description="sgd is with Nesterov momentum")
+    optimizer: Literal["adam", "adamw", "muon", "sgd"] = Field(
+        "adamw",
+        description="sgd is with Nesterov momentum; muon is for the hidden layers' weights, and adamw for the rest",
+    )
     lr: Annotated[float, Field(gt=0)] = Field(5e-3, description="learning rate at the schedule's peak")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd's momentum; Adam's beta1")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd's and muon's momentum; Adam's beta1")
     beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="Adam's beta2; sgd has none")
     schedule: Literal["constant", "cosine", "one-cycle"] = Field(
         "one-cycle",
@@ -63,7 +66,7 @@ class Config(BaseModel):
         0.2, description="share of the steps in which the learning rate climbs linearly from lr/25 to lr"
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.01, description="decoupled for adamw; added to the gradient for adam and sgd"
+        0.01, description="decoupled for adamw and muon; added to the gradient for adam and sgd"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of the target spread evenly over the ten classes"

@@ -9,22 +9,26 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mnist_dist.config.schema import Config
+from mnist_dist.muon import Muon
 
 
-def build_optimizer(config: Config, network: nn.Module, *, in_graph: bool, is_scaled: bool = False) -> Optimizer:
+def build_optimizer(config: Config, network: nn.Module, *, in_graph: bool, precision: str) -> Optimizer:
     """The configured optimizer, fused: one kernel for all parameters. In a graph its learning rate is a tensor.
 
-    With a gradient scaler (`is_scaled`), sgd is not fused: skipped in its first step, it would go on from momentum that
-    was never written.
+    In fp16, with a gradient scaler, sgd is not fused: skipped in its first step, it would go on from momentum that was
+    never written.
     """
     parameters, momentum = network.parameters(), config.momentum
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     optimizer: Optimizer
     if config.optimizer == "sgd":
-        optimizer = SGD(parameters, momentum=momentum, nesterov=momentum > 0, fused=not is_scaled, **common)
+        optimizer = SGD(parameters, momentum=momentum, nesterov=momentum > 0, fused=precision != "fp16", **common)
     else:
-        cls = Adam if config.optimizer == "adam" else AdamW
-        optimizer = cls(parameters, betas=(momentum, config.beta2), fused=True, capturable=in_graph, **common)
+        common |= {"betas": (momentum, config.beta2), "fused": True, "capturable": in_graph}
+        if config.optimizer == "muon":
+            optimizer = Muon(network, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, **common)
+        else:
+            optimizer = (Adam if config.optimizer == "adam" else AdamW)(parameters, **common)
     if in_graph:
         device = next(network.parameters()).device
         for group in optimizer.param_groups:  # not through the constructor, which would wait to read it

@@ -52,7 +52,7 @@ class TrainStep:
         self.network = build_model(config.model, config.seed).to(world.device)
         self.graphs = self.choose_graphs(info)
         self.optimizer: Any = build_optimizer(
-            config, self.network, in_graph=self.graphs is not None, is_scaled=world.precision == "fp16"
+            config, self.network, in_graph=self.graphs is not None, precision=world.precision
         )
         self.average = MovingAverage(self.network, config.ema) if config.ema else None
         self.exchange = Exchange(

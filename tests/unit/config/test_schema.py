@@ -65,7 +65,7 @@ BAD = [
     (["precision="], "precision= has no value"),
     (["precision=true"], "is not one of"),
     (["missing=ignore"], "is not one of download, fail, synthetic"),
-    (["optimizer=lion"], "is not one of adam, adamw, sgd"),
+    (["optimizer=lion"], "is not one of adam, adamw, muon, sgd"),
     (["schedule=linear"], "is not one of constant, cosine, one-cycle"),
     (["schedule=onecycle"], "did you mean one-cycle?"),
     (["warmup=1.5"], "at most 1"),

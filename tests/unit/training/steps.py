@@ -35,7 +35,7 @@ def make_step(config: Config, *, replay: bool = False, build: Callable[..., Trai
     step = build(config, world, make_split(), make_sampler(config), lambda n: 1e-3 * (1 + n % 7), pytest.fail)
     if replay:
         step.graphs = StepGraphs(world, pytest.fail, capture=remember)
-        step.optimizer = build_optimizer(config, step.network, in_graph=True)
+        step.optimizer = build_optimizer(config, step.network, in_graph=True, precision="fp32")
     return step
 
 

@@ -134,7 +134,7 @@ def with_scaler(init_scale: float, **settings: Any) -> Any:
     """A step with the scaler that fp16 has."""
     step = make_step(make_config(**settings))
     step.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
-    step.optimizer = build_optimizer(step.config, step.network, in_graph=False, is_scaled=True)
+    step.optimizer = build_optimizer(step.config, step.network, in_graph=False, precision="fp16")
     return step
 
 
@@ -149,7 +149,7 @@ def that_overflows(**settings: Any) -> Any:
     return step
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam", "muon"])
 @pytest.mark.parametrize("bit_exact", [0, 2])
 def test_a_gradient_that_overflows_is_skipped(optimizer: str, bit_exact: int) -> None:
     step = that_overflows(optimizer=optimizer, ema=0.9, bit_exact=bit_exact)
@@ -165,7 +165,7 @@ def test_a_gradient_that_overflows_is_skipped(optimizer: str, bit_exact: int) ->
     assert loss == train(step, range(1))[0]  # what is reported is not scaled
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adam", "muon"])
 @pytest.mark.parametrize("bit_exact", [0, 2])
 def test_a_good_gradient_is_not_skipped_and_its_scale_leaves_no_trace(optimizer: str, bit_exact: int) -> None:
     step = with_scaler(2.0**10, optimizer=optimizer, ema=0.9, bit_exact=bit_exact)
