@@ -40,10 +40,13 @@ class Muon(Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(p)
             state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            matrix = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)  # Nesterov's
-            p.mul_(1 - group["lr"] * group["weight_decay"])
+            direction = p.grad.lerp(state["momentum"], group["momentum"]).to(self.dtype)  # Nesterov's
+            # The order of the columns does not matter: this one needs no copy where weights are channels_last.
+            matrix = direction.movedim(1, -1).flatten(1)
             size = 0.2 * math.sqrt(max(matrix.shape))
-            p.sub_(orthogonalize(matrix.to(self.dtype)).reshape(p.shape) * (group["lr"] * size))
+            update = orthogonalize(matrix).unflatten(1, (*p.shape[2:], p.shape[1])).movedim(-1, 1)
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(update * (group["lr"] * size))
         self.adamw.step()
 
 

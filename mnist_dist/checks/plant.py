@@ -28,7 +28,7 @@ def take_images_of_another(trainer: AccountingTrainer, _step: int) -> None:
     """The rank takes its neighbour's shards."""
     sampler, size = trainer.sampler, trainer.sampler.mine.stop - trainer.sampler.mine.start
     start = (sampler.mine.start + size) % sampler.num_replicas
-    sampler.mine, sampler.dealt_epoch = slice(start, start + size), -1
+    sampler.mine, sampler.filled_epoch = slice(start, start + size), -1
 
 
 def skip_exchange(trainer: AccountingTrainer, step: int) -> None:
@@ -73,7 +73,7 @@ def flip_gradient(trainer: AccountingTrainer, step: int) -> None:
 
 
 def forget_set_epoch(trainer: AccountingTrainer, _step: int) -> None:
-    """The rank deals the first epoch's order again."""
+    """The rank uses the first epoch's order again."""
     order = trainer.sampler.order
     trainer.sampler.order = lambda epoch: order(0 * epoch)  # type: ignore[method-assign]
 

@@ -1,6 +1,6 @@
 """Who takes which image at which step.
 
-The global order of an epoch is what `torch.utils.data.DistributedSampler` deals out card by card: shard v of N takes
+`torch.utils.data.DistributedSampler` interleaves the global order of an epoch over its replicas: shard v of N takes
 positions v, v+N, v+2N, ... So a slice of batch_size positions is one global batch, and the shards' parts of it are the
 same slice of each shard's list, at any N. Where N does not divide the number of images the sampler repeats the first
 ones at the end; those repeats are told by their position and have no weight.
@@ -48,10 +48,10 @@ class GlobalBatchSampler(DistributedSampler[int]):
         self.steps_per_epoch = steps_per_epoch(num_images, batch_size)
         shards, size = num_shards // world_size, batch_size // num_shards
         self.mine = slice(rank * shards, (rank + 1) * shards)
-        self.positions = self.deal(torch.arange(batch_size)).to(device)
+        self.positions = self.take_shards(torch.arange(batch_size)).to(device)
         # This rank's images of an epoch, a row a step. It keeps its place: a CUDA graph reads it.
-        self.dealt = torch.zeros(self.steps_per_epoch, shards, size, dtype=torch.int64, device=device)
-        self.dealt_epoch = -1
+        self.epoch_indices = torch.zeros(self.steps_per_epoch, shards, size, dtype=torch.int64, device=device)
+        self.filled_epoch = -1
         num_last = self.count(self.steps_per_epoch - 1)
         self.batch_sizes = {batch_size, num_last}
         is_padded = num_last % num_shards > 0  # so that the shards of the last batch are of one size
@@ -64,26 +64,26 @@ class GlobalBatchSampler(DistributedSampler[int]):
         order = torch.randperm(self.num_images, generator=generator)
         return order.repeat(-(-self.total_size // self.num_images))[: self.total_size]
 
-    def deal(self, order: Tensor) -> Tensor:
-        """This rank's shards of a global order [n], dealt card by card: [shards of this rank, n / shards]."""
+    def take_shards(self, order: Tensor) -> Tensor:
+        """This rank's shards of a global order [n], which are interleaved in it: [shards of this rank, n / shards]."""
         return order.view(-1, self.num_replicas).T[self.mine].contiguous()
 
-    def deal_epoch(self, epoch: int) -> None:
-        """Fill `dealt` with an epoch's images."""
-        steps, shards, size = self.dealt.shape
-        images = self.deal(self.order(epoch))
+    def fill_epoch(self, epoch: int) -> None:
+        """Fill `epoch_indices` with an epoch's images."""
+        steps, shards, size = self.epoch_indices.shape
+        images = self.take_shards(self.order(epoch))
         images = F.pad(images, (0, steps * size - images.shape[1]))  # behind the short last batch
-        self.dealt.copy_(images.view(shards, steps, size).transpose(0, 1))
-        self.dealt_epoch = epoch
+        self.epoch_indices.copy_(images.view(shards, steps, size).transpose(0, 1))
+        self.filled_epoch = epoch
 
     def batch(self, step: int) -> Batch:
         """This rank's part of one step of the run."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        if epoch != self.dealt_epoch:
-            self.deal_epoch(epoch)
+        if epoch != self.filled_epoch:
+            self.fill_epoch(epoch)
         num_images = self.count(step)
         size = -(-num_images // self.num_replicas)
-        indices, positions = self.dealt[step_in_epoch, :, :size], self.positions[:, :size]
+        indices, positions = self.epoch_indices[step_in_epoch, :, :size], self.positions[:, :size]
         mask = self.last_mask[:, :size] if self.last_mask is not None and num_images < self.batch_size else None
         epoch_ends = step_in_epoch == self.steps_per_epoch - 1 or step == self.total_steps - 1
         return Batch(step, epoch, step_in_epoch, epoch_ends, num_images, indices, positions, mask)

@@ -68,7 +68,7 @@ class TrainStep:
         world.accelerator.prepare_optimizer(self.optimizer)
         self.scaler: torch.amp.GradScaler | None = world.accelerator.scaler  # for fp16
         self.was_skipped = False  # the last step, since the scaler found a gradient that is not finite
-        # Of the sum of losses: the gradient of the global mean, over the true size of the batch.
+        # What makes the gradient of a sum of losses that of their mean over the whole global batch, by its size.
         self.scales = {n: torch.full((), 1 / n, device=world.device) for n in sampler.batch_sizes}
         # The tables, a row a step of the epoch.
         self.epoch = -1
@@ -122,7 +122,7 @@ class TrainStep:
             else:
                 group["lr"] = self.learning_rate(batch.step)
         if isinstance(row, Tensor):
-            batch = batch._replace(indices=pick(self.sampler.dealt, row)[:, : batch.indices.shape[1]])
+            batch = batch._replace(indices=pick(self.sampler.epoch_indices, row)[:, : batch.indices.shape[1]])
         loss = self.update(batch, [pick(table, row) for table in self.draws])  # collective
         if self.average and not self.was_skipped:
             self.average.update_parameters(self.network)
@@ -156,7 +156,7 @@ class TrainStep:
     def compute_gradient(self, scale: Tensor, indices: Tensor, warps: list[Tensor], mask: Tensor | None) -> Tensor:
         """Set the parameters' gradients to those of one shard [n]; returns the sum of its losses, nats, float32 []."""
         self.optimizer.zero_grad()
-        images = self.train_split.images.index_select(0, indices) / 255  # a quarter of indexing's time
+        images = self.train_split.images.index_select(0, indices) / 255  # four times as fast as [indices]
         labels = self.train_split.labels.index_select(0, indices)
         if warps:
             images = self.augmentation.warp(images, *warps)
