@@ -25,7 +25,9 @@ take_verb() { # arguments of the script
 
 # Sets nproc, the ranks of this machine, and num_gpus; and looks at the other variables.
 count_ranks() {
-  num_gpus=$("$python" -c 'import torch; print(torch.accelerator.device_count())')
+  num_gpus=$("$python" -c 'import torch; print(torch.accelerator.device_count())' 2>&1) ||
+    refuse "PYTHON=$python does not import torch (${num_gpus##*$'\n'}); activate the environment in which it is installed"
+  num_gpus=${num_gpus##*$'\n'} # behind a warning
   nproc=${NPROC:-$num_gpus}
   [[ $nproc =~ ^[0-9]{1,6}$ ]] || refuse "NPROC=$nproc is not a number of ranks"
   [ "$nproc" -gt 0 ] || nproc=1

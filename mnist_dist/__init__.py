@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 __all__ = ["JobError", "Run", "load_run", "predict", "train"]
 
 # A module of this package that is run as a program would define its functions, do nothing, and end with exit code 0.
-_words = sys.orig_argv if sys.argv[:1] == ["-m"] else []
+_words = getattr(sys, "orig_argv", []) if sys.argv[:1] == ["-m"] else []  # Python 3.9 has none
 _module = next((word for word in _words if word.startswith("mnist_dist.") and word != "mnist_dist.__main__"), "")
 _script = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "")
 if _module or (_script.name != "__main__.py" and Path(__file__).parent in _script.absolute().parents):
