@@ -8,6 +8,7 @@ so that both see the same machine; the ten epochs are summed. The recipes were t
 
 import argparse
 import statistics
+import sys
 
 from benchmarks.common import show, train, write
 from benchmarks.throughput import other
@@ -32,7 +33,10 @@ def main() -> None:
             done = train([recipe, f"seed={seed}"])
             rows.append({"recipe": recipe, "seed": seed, "seconds": done["seconds"], "test": 100 * done["accuracy"]})
             show(rows[-1])
-        if seed < TUTORIAL_EPOCHS and (measured := other("tutorial", "cnn", "no")):
+        if seed < TUTORIAL_EPOCHS:
+            measured = other("tutorial", "cnn", "no")
+            if measured is None:
+                sys.exit("time_to_accuracy: the tutorial's loop, which the seconds are compared with, does not run")
             epochs.append(measured[0])
             show({"tutorial's epoch": seed, "seconds": epochs[-1]})
     tutorial_s = TUTORIAL_EPOCHS * statistics.mean(epochs)
