@@ -35,6 +35,9 @@ Rows = list[dict[str, Any]]
 BATCH_SIZES, LOOP_STEPS = "64,512,4096", "200"
 OTHERS = {"bare": "fp32,tf32,bf16", "tutorial": "fp32", "lightning": "fp32,bf16", "keras_torch": "fp32"}
 NUM_SEEDS = 30
+# A launcher that gives one rank: bench then starts no others.
+LONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+LONE_RANK |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # nobody listens there
 
 
 class PartError(Exception):
@@ -59,11 +62,16 @@ class Part(NamedTuple):
     run: Callable[[float], Rows]
 
 
-def call(limit_s: float, *arguments: str) -> str:
+def call(limit_s: float, *arguments: str, environment: dict[str, str] | None = None) -> str:
     """What a Python program prints. Raises PartError where it fails, with the last lines that it wrote."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=REPOSITORY, stdout=output, stderr=errors, start_new_session=True
+            [sys.executable, *arguments],
+            cwd=REPOSITORY,
+            env=os.environ | (environment or {}),
+            stdout=output,
+            stderr=errors,
+            start_new_session=True,
         )
         try:
             code: int | None = process.wait(limit_s)
@@ -108,16 +116,21 @@ def run_tests(*arguments: str) -> Callable[[float], Rows]:
     return run
 
 
-def run_verb(verb: str, *arguments: str) -> Callable[[float], Rows]:
+def run_verb(verb: str, *arguments: str, environment: dict[str, str] | None = None) -> Callable[[float], Rows]:
     """What a verb of the job says with --json."""
-    return lambda limit_s: [json.loads(call(limit_s, "-m", "mnist_dist", verb, "--json", *arguments).splitlines()[-1])]
-
-
-def run_bench(*arguments: str) -> Callable[[float], Rows]:
-    """The steps of one rank, of those that bench measures."""
 
     def run(limit_s: float) -> Rows:
-        (summary,) = run_verb("bench", *arguments)(limit_s)
+        output = call(limit_s, "-m", "mnist_dist", verb, "--json", *arguments, environment=environment)
+        return [json.loads(output.splitlines()[-1])]
+
+    return run
+
+
+def run_bench(*arguments: str, on_all_gpus: bool = False) -> Callable[[float], Rows]:
+    """The steps that bench measures on one GPU, or on each number of GPUs up to all (several times as long)."""
+
+    def run(limit_s: float) -> Rows:
+        (summary,) = run_verb("bench", *arguments, environment={} if on_all_gpus else LONE_RANK)(limit_s)
         return [
             {
                 "model": step["model"],
@@ -146,6 +159,7 @@ def run_measurement(*arguments: str) -> Callable[[float], Rows]:
 
 def list_parts() -> list[Part]:
     """All parts, what matters most first."""
+    num_gpus = torch.cuda.device_count()
     bench = [
         Part(f"bench {precision} graph={graph}", 60, run_bench(f"precision={precision}", f"graph={graph}"))
         for precision in ("fp32", "bf16", "tf32")
@@ -159,6 +173,7 @@ def list_parts() -> list[Part]:
         Part("tests/gpu", 150, run_tests("tests/gpu")),
         Part("busy", 60, run_measurement("busy")),
         *bench[:4],
+        *([Part("bench fp32 all GPUs", 150, run_bench("precision=fp32", on_all_gpus=True))] if num_gpus > 1 else []),
         *(
             Part(f"seeds {name}", 90, run_measurement("seeds", f"configs/{name}.yaml", str(NUM_SEEDS)))
             for name in ("cnn-fast", "cnn")
