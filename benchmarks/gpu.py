@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.common import REPOSITORY, data_dir, write
@@ -35,6 +36,7 @@ Rows = list[dict[str, Any]]
 BATCH_SIZES, LOOP_STEPS = "64,512,4096", "200"
 OTHERS = {"bare": "fp32,tf32,bf16", "tutorial": "fp32", "lightning": "fp32,bf16", "keras_torch": "fp32"}
 NUM_SEEDS = 30
+LOG_WIDTH = 120  # of the tables, where they are not printed on a terminal
 # A launcher that gives one rank: bench then starts no others.
 LONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 LONE_RANK |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # nobody listens there
@@ -87,7 +89,8 @@ def call(limit_s: float, *arguments: str, environment: dict[str, str] | None = N
             said.append(stream.read())
     if code != 0:
         what = f"it took more than {limit_s:.0f} s" if code is None else f"exit code {code}"
-        raise PartError(f"{what}: {' / '.join((said[0] + said[1]).strip().splitlines()[-6:])}", said[0])
+        words = [line for line in (said[0] + said[1]).splitlines() if line.strip() and line[0] != "{"]  # rows are kept
+        raise PartError(": ".join([what, *filter(None, [" / ".join(words[-2:])])]), said[0])
     return said[0]
 
 
@@ -209,7 +212,7 @@ def draw_table(parts: dict[str, Any]) -> list[Table]:
     ends = Table("part", "seconds", "outcome", title="parts")
     for name, part in parts.items():
         tests = [f"{row['passed']} passed, {row['failed']} failed" for row in part["rows"] if "passed" in row]
-        ends.add_row(name, f"{part['seconds']:.0f}", part["problem"] or "; ".join(tests) or "ok")
+        ends.add_row(name, f"{part['seconds']:.0f}", escape(part["problem"]) or "; ".join(tests) or "ok")
     return [speeds, seeds, ends]
 
 
@@ -237,7 +240,7 @@ def main() -> None:
         raise SystemExit(f"benchmarks.gpu: {error}") from None
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if on_gpu else ["cpu"]
     results: dict[str, Any] = {"devices": names, "driver": driver_version(), "cuda": torch.version.cuda, "parts": {}}
-    console, ends_s = Console(), time.monotonic() + 60 * options.minutes
+    console, ends_s = Console(width=None if sys.stdout.isatty() else LOG_WIDTH), time.monotonic() + 60 * options.minutes
     console.print(f"{', '.join(names)}; results go to {options.output}", highlight=False)
     for part in parts:
         if part.name not in options.only:
