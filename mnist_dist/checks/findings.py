@@ -290,7 +290,7 @@ SENTENCES = {
         "data",
         Status.SKIP,
         "{dataset} is on no host in data_dir={folder}",
-        "it was not fetched yet; training will fetch it where it may use the network",
+        "it was not fetched or drawn yet; training does it, and needs the network to fetch",
         "mnist-dist fetch {dataset}",
     ),
     "data.missing": Sentence(

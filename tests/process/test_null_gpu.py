@@ -177,6 +177,18 @@ def test_a_step_that_is_not_to_be_captured(
     assert not any("capture" in step for step in account["step"])
 
 
+def test_bench_times_replayed_steps(null_gpu: Path, tmp_path: Path) -> None:
+    devices = {"PYTHONPATH": str(REPOSITORY), "LD_PRELOAD": str(null_gpu), "NULL_GPU_DEVICES": "2"}
+    command = [sys.executable, "-m", "mnist_dist", "bench", "model=mlp", "batch_size=64", "--json"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=clean_environment(**devices), capture_output=True, text=True, timeout=240
+    )
+    assert ended.returncode == 0, ended.stderr
+    steps = json.loads(ended.stdout.splitlines()[-1])["steps"]
+    assert {step["ranks"] for step in steps} == {1, 2}
+    assert all(step["is_cuda_graph"] for step in steps)
+
+
 def test_a_lost_rank_is_named_where_nccl_fails_too(null_gpu: Path, tmp_path: Path, data_dir: Path) -> None:
     error = tmp_path / "nccl-error"
     ranks = start(
