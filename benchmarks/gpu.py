@@ -37,9 +37,15 @@ BATCH_SIZES, LOOP_STEPS = "64,512,4096", "200"
 OTHERS = {"bare": "fp32,tf32,bf16", "tutorial": "fp32", "lightning": "fp32,bf16", "keras_torch": "fp32"}
 NUM_SEEDS = 30
 LOG_WIDTH = 120  # of the tables, where they are not printed on a terminal
-# A launcher that gives one rank: bench then starts no others.
-LONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-LONE_RANK |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # nobody listens there
+# What a launcher gives a lone rank: bench then starts no others, and nothing listens on the port.
+LONE_RANK = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
 
 
 class PartError(Exception):
@@ -90,7 +96,7 @@ def call(limit_s: float, *arguments: str, environment: dict[str, str] | None = N
     if code != 0:
         what = f"it took more than {limit_s:.0f} s" if code is None else f"exit code {code}"
         words = [line for line in (said[0] + said[1]).splitlines() if line.strip() and line[0] != "{"]  # rows are kept
-        raise PartError(": ".join([what, *filter(None, [" / ".join(words[-2:])])]), said[0])
+        raise PartError(" / ".join([what, *words[-2:]]), said[0])
     return said[0]
 
 
@@ -162,12 +168,13 @@ def run_measurement(*arguments: str) -> Callable[[float], Rows]:
 
 def list_parts() -> list[Part]:
     """All parts, what matters most first."""
-    num_gpus = torch.cuda.device_count()
     bench = [
         Part(f"bench {precision} graph={graph}", 60, run_bench(f"precision={precision}", f"graph={graph}"))
         for precision in ("fp32", "bf16", "tf32")
         for graph in ("auto", "off")
     ]
+    is_scaling = torch.cuda.device_count() > 1
+    scaling = [Part("bench fp32 all GPUs", 150, run_bench("precision=fp32", on_all_gpus=True))] if is_scaling else []
     shards = [
         Part(f"bench bit_exact={number}", 40, run_bench(f"bit_exact={number}", "batch_size=64", "precision=fp32"))
         for number in (1, 2, 4, 8)
@@ -176,7 +183,7 @@ def list_parts() -> list[Part]:
         Part("tests/gpu", 150, run_tests("tests/gpu")),
         Part("busy", 60, run_measurement("busy")),
         *bench[:4],
-        *([Part("bench fp32 all GPUs", 150, run_bench("precision=fp32", on_all_gpus=True))] if num_gpus > 1 else []),
+        *scaling,
         *(
             Part(f"seeds {name}", 90, run_measurement("seeds", f"configs/{name}.yaml", str(NUM_SEEDS)))
             for name in ("cnn-fast", "cnn")
@@ -240,7 +247,8 @@ def main() -> None:
         raise SystemExit(f"benchmarks.gpu: {error}") from None
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if on_gpu else ["cpu"]
     results: dict[str, Any] = {"devices": names, "driver": driver_version(), "cuda": torch.version.cuda, "parts": {}}
-    console, ends_s = Console(width=None if sys.stdout.isatty() else LOG_WIDTH), time.monotonic() + 60 * options.minutes
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+    ends_s = time.monotonic() + 60 * options.minutes
     console.print(f"{', '.join(names)}; results go to {options.output}", highlight=False)
     for part in parts:
         if part.name not in options.only:

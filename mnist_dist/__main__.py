@@ -8,7 +8,16 @@ from typing import NoReturn
 OLDEST_PYTHON = (3, 11)
 # What the verbs import. "PIL" is pillow, and "yaml" pyyaml.
 PACKAGES = (
-    *("accelerate", "jinja2", "matplotlib", "PIL", "psutil", "pydantic", "yaml", "rich", "safetensors", "torch"),
+    "accelerate",
+    "jinja2",
+    "matplotlib",
+    "PIL",
+    "psutil",
+    "pydantic",
+    "yaml",
+    "rich",
+    "safetensors",
+    "torch",
     "torchvision",
 )
 
@@ -37,7 +46,7 @@ def main(default_verb: str = "") -> NoReturn:
 def environment_problem() -> str:
     """Why this interpreter cannot run the job, or the empty string. Looks for the packages, and imports none.
 
-    Up to here, and in mnist_dist/__init__.py, stands only what Python 3.6 can read.
+    Python 3.6 must be able to read this file, train.py and mnist_dist/__init__.py.
     """
     if sys.version_info < OLDEST_PYTHON:
         version, oldest = (".".join(map(str, numbers[:2])) for numbers in (sys.version_info, OLDEST_PYTHON))

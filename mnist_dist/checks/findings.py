@@ -290,7 +290,7 @@ SENTENCES = {
         "data",
         Status.SKIP,
         "{dataset} is on no host in data_dir={folder}",
-        "it was not fetched or drawn yet; training does it, and needs the network to fetch",
+        "it was neither fetched nor drawn yet; training will do it, and needs the network to fetch it",
         "mnist-dist fetch {dataset}",
     ),
     "data.missing": Sentence(
